@@ -1,0 +1,52 @@
+# `make help` lists what there is. Every target that needs an installation makes it first.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench lint format lock clean
+
+# A non-login shell of root may lack the folders where ip, etcd and sysctl live.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+BIN := .venv/bin
+NODES ?= 3
+HOLD ?=
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+PYTHON ?= python3
+SCRIPTS := scripts/*.sh .ci/run
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "make demo NODES=5        another number of nodes (2 to 20)"
+	@echo "make demo HOLD=1         leave the nodes up until Ctrl-C, to look around"
+	@echo "make test PYTEST_FLAGS='-k vxlan -x'"
+
+install: ## bring this machine what is missing, and make .venv
+	@PYTHON='$(PYTHON)' scripts/install.sh
+
+demo: install ## nodes in network namespaces here, pods that ping across (root)
+	@$(BIN)/flannelpy demo --nodes $(NODES) $(if $(HOLD),--hold) $(DEMO_FLAGS)
+
+test: install ## linters, types and every test (root for those in network namespaces)
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+lint: install ## ruff and mypy; shellcheck where it is installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null; then set -x; shellcheck $(SCRIPTS); fi
+
+format: install ## let ruff lay out the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: install ## measure: every bench/*.py in turn, ratios within one run (root)
+	@shopt -s nullglob; set -e; for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+lock: ## choose the newest versions that fit pyproject.toml into requirements/*.lock
+	@scripts/lock.sh --upgrade
+
+clean: ## remove what make has made, .venv too
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+"""flannelpy: an overlay network daemon, a drop-in for flannel."""
+
+__version__ = "0.1.0"

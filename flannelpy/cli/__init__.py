@@ -1,0 +1,1 @@
+"""The commands: `flannelpy NAME ...` calls `main(argv)` of the module of that name."""

@@ -1,0 +1,485 @@
+"""The machine: observe its tables as a `State`, apply operations to it, and answer questions about its links.
+
+Nexthop objects live here and nowhere else. A route of ours on a device of ours goes through a nexthop object,
+because the kernel's insert of `via GW onlink` routes is quadratic in their number. The model knows gateways
+only: this module picks a free id, marks the object with our protocol number, and resolves it back when it
+observes. Routes on the uplink stay plain: on carrier loss the kernel deletes nexthop objects with their
+routes for good, while plain routes come back with the carrier.
+"""
+
+import errno
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from flannelpy.errors import KernelError
+from flannelpy.kernel import codec, sysctl
+from flannelpy.kernel.codec import LinkInfo, Message, NexthopInfo, RouteInfo
+from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
+from flannelpy.model.address import Address, Prefix, is_link_local
+from flannelpy.model.kernel import (
+    PROTOCOL_BOOT,
+    PROTOCOL_KERNEL,
+    ROUTE_PROTOCOL,
+    DeviceAddress,
+    FdbEntry,
+    Item,
+    Link,
+    Neighbour,
+    Route,
+    Scope,
+    State,
+)
+from flannelpy.model.plan import Op, Put, Remove
+from flannelpy.model.uplink import DefaultRoute, Interface, InterfaceAddress
+
+_GONE = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL))
+"""What "remove" answers when there is nothing to remove: that is success."""
+
+
+class Failure(NamedTuple):
+    """An operation that the kernel refused."""
+
+    op: Op
+    error: OSError
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.error.strerror} ({errno.errorcode.get(self.error.errno or 0, '?')})"
+
+
+class LinuxKernel:
+    """The kernel of the network namespace that the daemon runs in."""
+
+    def __init__(self) -> None:
+        self._netlink = NetlinkSocket()
+        self._links: dict[str, LinkInfo] = {}
+        self._nexthops: dict[tuple[int, Address], int] = {}
+        """(device index, gateway) -> id of our nexthop object."""
+        self._nexthop_ids: set[int] = set()
+        """Every id in use, ours or not."""
+        self._unreferenced: set[tuple[int, Address]] = set()
+        """Nexthop objects of ours that no route used when we last looked."""
+        self._next_id = 0
+        self._use_nexthops = True
+
+    def close(self) -> None:
+        """Give the sockets back."""
+        self._netlink.close()
+
+    # --- questions ---------------------------------------------------------------------------------------
+
+    def interfaces(self) -> list[Interface]:
+        """All links with their addresses, in the kernel's order."""
+        addresses: dict[int, list[InterfaceAddress]] = {}
+        for info in filter(None, map(codec.read_address, self._netlink.dump(codec.address_dump()))):
+            flags = info.flags
+            addresses.setdefault(info.ifindex, []).append(
+                InterfaceAddress(
+                    info.prefix,
+                    deprecated=bool(flags & codec.IFA_F_DEPRECATED),
+                    permanent=bool(flags & codec.IFA_F_PERMANENT),
+                    temporary=len(info.prefix.address) == 16 and bool(flags & codec.IFA_F_TEMPORARY),
+                )
+            )
+        return [
+            Interface(link.ifindex, link.name, link.mtu, tuple(addresses.get(link.ifindex, ())))
+            for link in self._read_links().values()
+        ]
+
+    def default_routes(self) -> list[DefaultRoute]:
+        """The default routes of both families in the main table, in the kernel's order."""
+        return [
+            DefaultRoute(route.destination.bits, route.ifindex, route.metric)
+            for route in self._main_routes(protocol=0)
+            if route.destination.length == 0 and route.type == codec.RTN_UNICAST
+        ]
+
+    def routed(self) -> list[tuple[str, Prefix]]:
+        """(device, destination) of every route of the main table that is not a default route."""
+        names = {link.ifindex: name for name, link in self._read_links().items()}
+        return [
+            (names.get(route.ifindex, "?"), route.destination)
+            for route in self._main_routes(protocol=0)
+            if route.destination.length and not _is_kernels_own(route.destination)
+        ]
+
+    def route_to(self, address: Address) -> tuple[int, Address] | None:
+        """(output device's index, source address) that the kernel would use; None when it has no route."""
+        route = self._lookup(address)
+        if route is None or not route.ifindex:
+            return None
+        return route.ifindex, route.source or b""
+
+    def on_link(self, addresses: Iterable[Address], device: str) -> frozenset[Address]:
+        """Which of these the kernel reaches through that device without a gateway."""
+        index = self._index(device)
+        found = []
+        for address in addresses:
+            route = self._lookup(address)
+            if route is not None and route.ifindex == index and route.gateway is None:
+                found.append(address)
+        return frozenset(found)
+
+    def _lookup(self, address: Address) -> RouteInfo | None:
+        try:
+            return codec.read_route(self._netlink.request(codec.route_get(address))[0])
+        except (NetlinkError, IndexError):
+            return None
+
+    # --- observe -----------------------------------------------------------------------------------------
+
+    def observe(self, scope: Scope, *, devices_only: bool = False) -> State:
+        """All that is ours, as the kernel has it now; or just our devices with their addresses."""
+        links = self._read_links()
+        names = {link.ifindex: name for name, link in links.items()}
+        ours = {link.ifindex: name for name, link in links.items() if name in scope.devices}
+        state = State()
+        for name in ours.values():
+            state.links[name] = _link(links[name], names)
+        for info in filter(None, map(codec.read_address, self._netlink.dump(codec.address_dump()))):
+            if info.ifindex in ours and not _is_kernels_own(info.prefix):
+                state.add([DeviceAddress(ours[info.ifindex], info.prefix)])
+        if devices_only:
+            return state
+        for index, name in ours.items():
+            self._observe_device(state, index, name)
+        nexthops = self._read_nexthops()
+        used = set()
+        for index in ours:
+            for route in self._main_routes(index=index):
+                used.add(route.nexthop)
+                if route.protocol != PROTOCOL_KERNEL and not _is_kernels_own(route.destination):
+                    state.add([_route(route, names, nexthops)])
+        for route in self._routes_elsewhere(scope, ours):
+            state.add([_route(route, names, nexthops)])
+        # Left by a crash between the two halves of a put.
+        self._unreferenced = {
+            key for key, number in self._nexthops.items() if key[0] in ours and number not in used
+        }
+        return state
+
+    def _observe_device(self, state: State, index: int, name: str) -> None:
+        for family in (codec.AF_INET, codec.AF_INET6):
+            for body in self._netlink.dump(codec.neighbour_dump(index, family)):
+                info = codec.read_neighbour(body)
+                # What the kernel learns by itself comes and goes; only permanent entries are somebody's will.
+                if info.ifindex == index and info.state & codec.NUD_PERMANENT and info.address[:1] != b"\xff":
+                    state.add([Neighbour(name, info.address, info.mac)])
+        for body in self._netlink.dump(codec.neighbour_dump(index, codec.AF_BRIDGE)):
+            info = codec.read_neighbour(body)
+            if info.ifindex != index or not info.flags & codec.NTF_SELF or not info.address:
+                continue
+            known = state.fdb.get((name, info.mac))
+            if known is None:
+                state.add(
+                    [FdbEntry(name, info.mac, info.address, (), bool(info.state & codec.NUD_PERMANENT))]
+                )
+            else:
+                state.add([known._replace(others=(*known.others, info.address))])
+
+    def _routes_elsewhere(self, scope: Scope, ours: dict[int, str]) -> list[RouteInfo]:
+        """On other devices: routes with our mark inside our networks and, at start, a flannel's."""
+        found = [
+            route
+            for route in self._main_routes(protocol=ROUTE_PROTOCOL)
+            if route.ifindex not in ours and any(net.contains(route.destination) for net in scope.networks)
+        ]
+        if scope.takeover:
+            found += [
+                route
+                for route in self._main_routes(protocol=PROTOCOL_BOOT)
+                if route.ifindex not in ours
+                and route.gateway is not None
+                and route.destination.length in scope.takeover_lengths
+                and any(net.contains(route.destination) for net in scope.takeover)
+            ]
+        return found
+
+    def _main_routes(self, *, index: int = 0, protocol: int = 0) -> list[RouteInfo]:
+        found = []
+        for family in (codec.AF_INET, codec.AF_INET6):
+            for body in self._netlink.dump(codec.route_dump(family, index=index, protocol=protocol)):
+                route = codec.read_route(body)
+                if route is None or route.table != codec.RT_TABLE_MAIN:
+                    continue
+                if (not index or route.ifindex == index) and (not protocol or route.protocol == protocol):
+                    found.append(route)
+        return found
+
+    def _read_links(self) -> dict[str, LinkInfo]:
+        found = (codec.read_link(body) for body in self._netlink.dump(codec.link_dump()))
+        self._links = {link.name: link for link in found}
+        return self._links
+
+    def _read_nexthops(self) -> dict[int, NexthopInfo]:
+        """All nexthop objects by id; remembers which are ours."""
+        if not self._use_nexthops:
+            return {}
+        try:
+            bodies = self._netlink.dump(codec.nexthop_dump())
+        except NetlinkError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self._use_nexthops = False  # Linux < 5.3
+            return {}
+        found = {info.number: info for info in map(codec.read_nexthop, bodies)}
+        self._nexthop_ids = set(found)
+        self._nexthops = {
+            (info.ifindex, info.gateway): info.number
+            for info in found.values()
+            if info.protocol == ROUTE_PROTOCOL and info.gateway is not None and info.onlink
+        }
+        return found
+
+    # --- apply -------------------------------------------------------------------------------------------
+
+    def apply(self, ops: Sequence[Op]) -> list[Failure]:
+        """Do all of it, in order; the failures. What is not among them is done."""
+        failures: list[Failure] = []
+        bulk: list[Op] = []
+        for op in ops:
+            if isinstance(op.item, Link):
+                failures += self._apply_bulk(bulk)
+                bulk = []
+                failures += self._apply_link(op, op.item)
+            else:
+                bulk.append(op)
+        return failures + self._apply_bulk(bulk)
+
+    def _apply_bulk(self, ops: Sequence[Op]) -> list[Failure]:
+        """Everything but links: one batch, errors attributed to their operation by sequence number."""
+        messages: list[Message] = []
+        owners: list[Op] = []
+        failures = []
+        for op in ops:
+            try:
+                encoded = self._encode(op)
+            except NetlinkError as error:
+                failures.append(Failure(op, error))
+                continue
+            messages += encoded
+            owners += [op] * len(encoded)
+        worst: dict[int, Failure] = {}
+        for position, refusal in self._netlink.batch(messages).items():
+            op = owners[position]
+            if not (isinstance(op, Remove) and refusal.errno in _GONE):
+                worst.setdefault(id(op), Failure(op, refusal))
+        failures += worst.values()
+        self._drop_unused_nexthops(ops, worst)
+        return failures
+
+    def _encode(self, op: Op) -> list[Message]:
+        item = op.item
+        put = isinstance(op, Put)
+        index = self._index(item.device) if not isinstance(item, Link) else 0
+        match item:
+            case DeviceAddress(prefix=prefix):
+                return [codec.address_put(index, prefix) if put else codec.address_delete(index, prefix)]
+            case Neighbour(address=address, mac=mac):
+                return [
+                    codec.neighbour_put(index, address, mac)
+                    if put
+                    else codec.neighbour_delete(index, address)
+                ]
+            case FdbEntry():
+                return _fdb_messages(op, item, index)
+            case Route():
+                return self._route_messages(op, item, index)
+            case Link():
+                raise TypeError("links are not applied in bulk")
+
+    def _route_messages(self, op: Op, route: Route, index: int) -> list[Message]:
+        if isinstance(op, Remove):
+            return [codec.route_delete(route.destination, route.metric, route.protocol)]
+        if route.gateway is None or not route.onlink or not self._use_nexthops:
+            return [
+                codec.route_put(
+                    route.destination,
+                    route.protocol,
+                    route.metric,
+                    index=index,
+                    gateway=route.gateway,
+                    onlink=route.onlink,
+                )
+            ]
+        messages = []
+        number = self._nexthops.get((index, route.gateway))
+        if number is None:
+            number = self._free_nexthop_id()
+            self._nexthops[index, route.gateway] = number
+            messages.append(codec.nexthop_put(number, index, route.gateway, ROUTE_PROTOCOL))
+        messages.append(codec.route_put(route.destination, route.protocol, route.metric, nexthop=number))
+        return messages
+
+    def _free_nexthop_id(self) -> int:
+        self._next_id += 1
+        while self._next_id in self._nexthop_ids:
+            self._next_id += 1
+        self._nexthop_ids.add(self._next_id)
+        return self._next_id
+
+    def _drop_unused_nexthops(self, ops: Sequence[Op], failed: Iterable[int]) -> None:
+        """Nexthop objects whose last route went, or whose route could not be made."""
+        failed = set(failed)
+        unused, self._unreferenced = self._unreferenced, set()
+        used = set()
+        for op in ops:
+            done = id(op) not in failed
+            if isinstance(op, Put) and done:
+                used.add(self._nexthop_key(op.item))
+                unused.add(self._nexthop_key(op.was))
+            else:
+                unused.add(self._nexthop_key(op.item))
+        keys = [key for key in unused - used if key in self._nexthops]
+        numbers = [self._nexthops.pop(key) for key in keys]
+        self._nexthop_ids.difference_update(numbers)
+        self._netlink.batch([codec.nexthop_delete(number) for number in numbers])
+
+    def _nexthop_key(self, item: Item | None) -> tuple[int, Address]:
+        """(device index, gateway) of a route through a nexthop object; a key that is never used otherwise."""
+        if (
+            isinstance(item, Route)
+            and item.gateway is not None
+            and item.onlink
+            and item.device in self._links
+        ):
+            return self._links[item.device].ifindex, item.gateway
+        return 0, b""
+
+    # --- links -------------------------------------------------------------------------------------------
+
+    def _apply_link(self, op: Op, link: Link) -> list[Failure]:
+        try:
+            if isinstance(op, Remove):
+                self._remove_link(link.name)
+            elif op.was is None:
+                self._create_link(link)
+            else:
+                self._change_link(link)
+        except NetlinkError as error:
+            if isinstance(op, Remove) and error.errno in _GONE:
+                return []
+            return [Failure(op, error)]
+        finally:
+            self._read_links()
+        return []
+
+    def _create_link(self, link: Link) -> None:
+        uplink = link.vxlan.uplink if link.vxlan else None
+        try:
+            self._netlink.request(codec.link_create(link, self._index(uplink) if uplink else 0))
+        except NetlinkError as error:
+            raise _creation_error(link, error, self._links.values()) from error
+        self._read_links()
+        index = self._index(link.name)
+        if link.vxlan is not None:
+            self._quieten(index, link.name)
+        if link.up:
+            self._netlink.request(codec.link_change(index, up=True))
+
+    def _quieten(self, index: int, name: str) -> None:
+        """No link-local address and no router advertisements on a tunnel device."""
+        try:
+            self._netlink.request(codec.link_no_link_local(index))
+        except NetlinkError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EINVAL):
+                raise  # those say that IPv6 is off, which is quiet enough
+        sysctl.write_quietly(f"net/ipv6/conf/{name}/accept_ra", "0")
+
+    def _change_link(self, link: Link) -> None:
+        found = self._links[link.name]
+        self._netlink.request(
+            codec.link_change(
+                found.ifindex,
+                mac=link.mac if link.mac != found.mac else None,
+                mtu=link.mtu if link.mtu != found.mtu else None,
+                up=link.up if link.up != found.up else None,
+            )
+        )
+
+    def _remove_link(self, name: str) -> None:
+        index = self._index(name)
+        self._netlink.request(codec.link_delete(index))
+        # Its nexthop objects and routes went with it.
+        for key in [key for key in self._nexthops if key[0] == index]:
+            self._nexthop_ids.discard(self._nexthops.pop(key))
+
+    def _index(self, name: str) -> int:
+        link = self._links.get(name)
+        if link is None:
+            raise NetlinkError(errno.ENODEV, f"there is no device {name}")
+        return link.ifindex
+
+
+def _fdb_messages(op: Op, entry: FdbEntry, index: int) -> list[Message]:
+    if isinstance(op, Remove):
+        return (
+            [codec.fdb_delete(index, entry.mac, None)]
+            if not entry.others
+            else [codec.fdb_delete(index, entry.mac, remote) for remote in (entry.remote, *entry.others)]
+        )
+    messages = [codec.fdb_put(index, entry.mac, entry.remote)]
+    if isinstance(op.was, FdbEntry) and op.was.others:
+        # "replace" turned the first remote into ours, or found ours already there; the rest must go.
+        surplus = {op.was.remote, *op.was.others} - {entry.remote}
+        messages += [codec.fdb_delete(index, entry.mac, remote) for remote in sorted(surplus)]
+    return messages
+
+
+def _link(info: LinkInfo, names: dict[int, str]) -> Link:
+    vxlan = codec.read_vxlan(info.vxlan, names) if info.kind == "vxlan" else None
+    return Link(info.name, info.kind, info.mac, info.mtu, info.up, vxlan)
+
+
+def _route(info: RouteInfo, names: dict[int, str], nexthops: dict[int, NexthopInfo]) -> Route:
+    gateway, onlink = info.gateway, info.onlink
+    if info.nexthop in nexthops:
+        gateway, onlink = nexthops[info.nexthop].gateway, nexthops[info.nexthop].onlink
+    return Route(
+        info.destination,
+        names.get(info.ifindex, ""),
+        gateway,
+        onlink,
+        info.protocol,
+        info.metric,
+        info.extra,
+    )
+
+
+def _is_kernels_own(prefix: Prefix) -> bool:
+    """Link-local and IPv6 multicast: what the kernel makes by itself on any device."""
+    return prefix.length > 0 and (is_link_local(prefix.address) or prefix.address[:1] == b"\xff")
+
+
+def _creation_error(link: Link, error: NetlinkError, links: Iterable[LinkInfo]) -> NetlinkError:
+    """The kernel's refusal to make a VXLAN device, with what it means."""
+    if error.errno == errno.EOPNOTSUPP:
+        return NetlinkError(
+            error.errno,
+            "this kernel has no vxlan: load it (modprobe vxlan) or install the"
+            " distribution's extra kernel modules package",
+        )
+    if error.errno == errno.EPERM:
+        return NetlinkError(error.errno, "not permitted: run as root or with CAP_NET_ADMIN")
+    if error.errno == errno.EEXIST and link.vxlan is not None:
+        vni = link.vxlan.vni
+        for other in links:
+            if other.kind == "vxlan" and codec.read_vxlan(other.vxlan, {}).vni == vni:
+                return NetlinkError(
+                    error.errno,
+                    f"device {other.name} holds VNI {vni} on this port already: remove it"
+                    f" (ip link delete {other.name}) or set another VNI in the network config",
+                )
+    return error
+
+
+def require_privileges() -> None:
+    """Raise KernelError unless this process may change the network (CAP_NET_ADMIN)."""
+    effective = 0
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:  # noqa: PTH123
+        for line in status:
+            if line.startswith("CapEff:"):
+                effective = int(line.split()[1], 16)
+    if not effective >> 12 & 1:
+        raise KernelError(
+            "no privileges: run as root or with CAP_NET_ADMIN (in systemd: AmbientCapabilities=)"
+        )

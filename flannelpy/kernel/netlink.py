@@ -1,0 +1,133 @@
+"""A netlink socket: requests in batches, dumps, and errors that know which request they belong to.
+
+Netlink answers before `send` returns, so everything here is synchronous and takes microseconds per message.
+"""
+
+import errno
+import os
+import socket
+from collections.abc import Iterator, Sequence
+
+from flannelpy.kernel import codec
+from flannelpy.kernel.codec import Message
+
+BATCH = 300
+"""Messages per send: large enough to make the system calls free, small enough to let the loop breathe."""
+
+_SOL_NETLINK = 270
+_NETLINK_ADD_MEMBERSHIP, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 1, 10, 11, 12
+_SO_RCVBUFFORCE = 33
+_RECEIVE_BUFFER = 8 << 20
+_DATAGRAM = 1 << 16
+_DUMP_ATTEMPTS = 8
+
+
+class NetlinkError(OSError):
+    """The kernel refused a request: errno and, where it gives any, its own words."""
+
+    def __init__(self, code: int, words: str = "") -> None:
+        super().__init__(code, words or os.strerror(code))
+
+
+class NetlinkSocket:
+    """One rtnetlink socket in the network namespace of the calling thread. For one task at a time."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.bind((0, 0))
+        # An answer that does not come is a bug, not a reason to hang for ever.
+        self._socket.settimeout(10)
+        for option in (_NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK):
+            self._socket.setsockopt(_SOL_NETLINK, option, 1)
+        enlarge_receive_buffer(self._socket)
+        self._sequence = 0
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._socket.close()
+
+    def request(self, message: Message) -> list[bytes]:
+        """One request; the bodies of its answers. Raises NetlinkError."""
+        bodies: list[bytes] = []
+        sequence = self._send([message], ack_all=True)
+        for kind, _flags, seq, body in self._answers():
+            if seq != sequence:
+                continue
+            if kind == codec.NLMSG_ERROR:
+                code, words = codec.read_error(body)
+                if code:
+                    raise NetlinkError(code, words)
+                return bodies
+            bodies.append(body)
+        raise NetlinkError(errno.ETIMEDOUT)
+
+    def dump(self, message: Message) -> list[bytes]:
+        """A whole table; repeated while the kernel says that it changed under the reading."""
+        bodies, consistent = self._dump_once(message)
+        for _attempt in range(_DUMP_ATTEMPTS):
+            if consistent:
+                break
+            bodies, consistent = self._dump_once(message)
+        return bodies
+
+    def batch(self, messages: Sequence[Message]) -> dict[int, NetlinkError]:
+        """Many requests; position -> error of those that failed. The others are done.
+
+        Only the last one of each send asks for an acknowledgement: failures are reported without it.
+        """
+        errors: dict[int, NetlinkError] = {}
+        for start in range(0, len(messages), BATCH):
+            part = messages[start : start + BATCH]
+            last = self._send(part, ack_all=False)
+            first = last - len(part) + 1
+            for kind, _flags, seq, body in self._answers():
+                if kind != codec.NLMSG_ERROR or not first <= seq <= last:
+                    continue
+                code, words = codec.read_error(body)
+                if code:
+                    errors[start + seq - first] = NetlinkError(code, words)
+                if seq == last:
+                    break
+        return errors
+
+    def _send(self, messages: Sequence[Message], *, ack_all: bool) -> int:
+        """Send in one system call; returns the sequence number of the last message."""
+        parts = []
+        final = len(messages) - 1
+        for position, (kind, flags, body) in enumerate(messages):
+            self._sequence = self._sequence % 0xFFFFFFF0 + 1
+            wanted = codec.NLM_F_REQUEST | flags
+            if (ack_all or position == final) and flags & codec.NLM_F_DUMP != codec.NLM_F_DUMP:
+                wanted |= codec.NLM_F_ACK
+            parts.append(codec.header(len(body), kind, wanted, self._sequence))
+            parts.append(body)
+        self._socket.send(b"".join(parts))
+        return self._sequence
+
+    def _answers(self) -> Iterator[tuple[int, int, int, bytes]]:
+        while True:
+            yield from codec.messages(self._socket.recv(_DATAGRAM))
+
+    def _dump_once(self, message: Message) -> tuple[list[bytes], bool]:
+        bodies: list[bytes] = []
+        consistent = True
+        sequence = self._send([message], ack_all=False)
+        for kind, flags, seq, body in self._answers():
+            if seq != sequence:
+                continue
+            if kind == codec.NLMSG_DONE:
+                break
+            if kind == codec.NLMSG_ERROR:
+                code, words = codec.read_error(body)
+                raise NetlinkError(code, words)
+            consistent = consistent and not flags & codec.NLM_F_DUMP_INTR
+            bodies.append(body)
+        return bodies, consistent
+
+
+def enlarge_receive_buffer(sock: socket.socket) -> None:
+    """8 MiB, past the sysctl's limit where we may; each queued message costs the kernel about 832 bytes."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)

@@ -1,0 +1,226 @@
+"""The peers: every other node's lease, which of them can be programmed, and what each needs in the kernel.
+
+A lease is foreign data. It is programmed only if its subnet lies in the network and overlaps neither ours nor
+that of a lease created earlier, its public IP can be sent to, and the backend can make use of it. Everything
+else is refused with a reason; a refused lease never disturbs a good one.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from flannelpy.model.address import Address, Prefix, format_address, is_unicast
+from flannelpy.model.config import NetworkConfig
+from flannelpy.model.kernel import Item, State
+from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot
+
+Span = tuple[int, int, int]
+"""A subnet as (bits of its family, first address, last address)."""
+
+Needs = Callable[[Lease], tuple[tuple[Item, ...], str | None]]
+"""A lease -> (its objects, why not all of them): a backend's `peer` with the facts bound."""
+
+
+class Change(NamedTuple):
+    """What an update means for the desired state."""
+
+    touched: State
+    """What the changed peers needed before, and what they need now: these keys must be compared."""
+    full: bool
+    """The keys do not tell it all: compare everything."""
+
+
+class Peers:
+    """All leases but our own, and the desired state that follows from them."""
+
+    def __init__(self, config: NetworkConfig, own: Lease, needs: Needs) -> None:
+        self.leases: dict[str, Lease] = {}
+        self.refused: dict[str, str] = {}
+        """Key -> why (a part of) this lease is not programmed."""
+        self.state = State()
+        """What all programmed peers need."""
+        self.synced = False
+        """Whether a Snapshot was seen: before it, an absent peer means nothing."""
+        self._config = config
+        self._own = own
+        self._needs = needs
+        self._networks = {
+            network.bits: (network.first, network.last)
+            for network in (config.network, config.network6)
+            if network is not None
+        }
+        self._items: dict[str, tuple[Item, ...]] = {}
+        self._shared: dict[Item, int] = {}
+        """How many peers need an object, where it is more than one (a node with two leases has one VTEP)."""
+        self._taken = _Taken(own)
+        self._clashes = 0
+        """Leases refused because of another one: if that changes, they must be looked at again."""
+
+    def rebase(self, own: Lease, needs: Needs) -> None:
+        """Our lease or the facts changed: judge all leases afresh."""
+        self._own, self._needs = own, needs
+        self.leases.pop(own.key, None)
+        self._rebuild()
+
+    def update(self, update: LeaseUpdate) -> Change:
+        """Take in what the store says."""
+        records = update.leases if isinstance(update, Snapshot) else update.put
+        put = [
+            lease for lease in records if lease.key != self._own.key and self.leases.get(lease.key) != lease
+        ]
+        if isinstance(update, Delta):
+            return self._change([key for key in update.gone if key in self.leases], put)
+        self.synced = True
+        present = {lease.key for lease in records} | {key for key, _reason in update.unreadable}
+        return self._change([key for key in self.leases if key not in present], put)
+
+    def programmed(self) -> int:
+        """How many peers have objects in the desired state."""
+        return len(self._items)
+
+    def _change(self, gone: Iterable[str], put: Iterable[Lease]) -> Change:
+        touched = State()
+        clashed = self._clashes > 0
+        for key in gone:
+            del self.leases[key]
+            touched.add(self._take_out(key))
+        for lease in put:
+            touched.add(self._take_out(lease.key))
+            self.leases[lease.key] = lease
+            touched.add(self._take_in(lease))
+        if clashed or self._clashes:
+            # Who gives way to whom depends on all of them.
+            self._rebuild()
+            return Change(State(), full=True)
+        return Change(touched, full=False)
+
+    def _rebuild(self) -> None:
+        """Judge all leases, the earlier created first."""
+        self.refused.clear()
+        self.state = State()
+        self._items.clear()
+        self._shared.clear()
+        self._taken = _Taken(self._own)
+        self._clashes = 0
+        for lease in sorted(self.leases.values(), key=lambda lease: (lease.created, lease.key)):
+            self._take_in(lease)
+
+    def _take_in(self, lease: Lease) -> tuple[Item, ...]:
+        """Judge one lease; its objects, now part of the state."""
+        spans = [(subnet.bits, subnet.first, subnet.last) for subnet in lease.subnets()]
+        items: tuple[Item, ...] = ()
+        reason = self._unusable(lease, spans)
+        if reason is None:
+            reason = self._taken.clash(lease, spans)
+            if reason is None:
+                items, reason = self._needs(lease)
+                clash = self._occupied(items)
+                if clash is not None:
+                    items, reason = (), clash
+                    self._clashes += 1
+            else:
+                self._clashes += 1
+        if items:
+            self._items[lease.key] = items
+            self._taken.add(lease.key, spans)
+            self._add(items)
+        if reason is not None:
+            self.refused[lease.key] = reason
+        return items
+
+    def _take_out(self, key: str) -> tuple[Item, ...]:
+        """Forget what a lease needed; those of its objects that nobody needs any more."""
+        self.refused.pop(key, None)
+        items = self._items.pop(key, ())
+        if not items:
+            return ()
+        self._taken.discard(key)
+        freed = tuple(item for item in items if item not in self._shared)
+        for item in items:
+            if item in self._shared:
+                self._shared[item] -= 1
+                if self._shared[item] == 1:
+                    del self._shared[item]
+        for item in freed:
+            self.state.discard(item)
+        return freed
+
+    def _add(self, items: Iterable[Item]) -> None:
+        for item in items:
+            if item.key in self.state.table(item):
+                self._shared[item] = self._shared.get(item, 1) + 1
+            else:
+                self.state.add((item,))
+
+    def _occupied(self, items: Iterable[Item]) -> str | None:
+        """Two peers with one VTEP MAC would need one FDB entry for two destinations."""
+        for item in items:
+            found = self.state.table(item).get(item.key)
+            if found is not None and found != item:
+                return f"an earlier lease needs the same {found}"
+        return None
+
+    def _unusable(self, lease: Lease, spans: list[Span]) -> str | None:
+        """What is wrong with the lease itself."""
+        for bits, first, last in spans:
+            network = self._networks.get(bits)
+            if network is not None and not network[0] <= first <= last <= network[1]:
+                subnet = lease.subnet if bits == 32 else lease.subnet6
+                return f"its subnet {subnet} is not inside the network {self._config_network(bits)}"
+        attrs = lease.attrs
+        if attrs.public_ip is not None:
+            reason = self._bad_public_ip(attrs.public_ip, self._own.attrs.public_ip)
+            if reason is not None:
+                return reason
+        if attrs.public_ipv6 is not None:
+            return self._bad_public_ip(attrs.public_ipv6, self._own.attrs.public_ipv6)
+        return None
+
+    def _config_network(self, bits: int) -> Prefix | None:
+        return self._config.network if bits == 32 else self._config.network6
+
+    def _bad_public_ip(self, public_ip: Address, own: Address | None) -> str | None:
+        if not is_unicast(public_ip):
+            return f"its public IP {format_address(public_ip)} is not a unicast address"
+        if public_ip == own:
+            return f"its public IP {format_address(public_ip)} is our own"
+        network = self._networks.get(len(public_ip) * 8)
+        if network is not None and network[0] <= int.from_bytes(public_ip) <= network[1]:
+            return (
+                f"its public IP {format_address(public_ip)} is inside the overlay network "
+                f"{self._config_network(len(public_ip) * 8)}"
+            )
+        return None
+
+
+class _Taken:
+    """The address ranges of the programmed subnets, per family. They are disjoint: one order serves all."""
+
+    def __init__(self, own: Lease) -> None:
+        self._own = own.key
+        self._ranges: dict[int, list[tuple[int, int, str]]] = {32: [], 128: []}
+        """Bits -> sorted (first, last, key)."""
+        self._by_key: dict[str, list[Span]] = {}
+        self.add(own.key, [(subnet.bits, subnet.first, subnet.last) for subnet in own.subnets()])
+
+    def add(self, key: str, spans: list[Span]) -> None:
+        self._by_key[key] = spans
+        for bits, first, last in spans:
+            insort(self._ranges[bits], (first, last, key))
+
+    def discard(self, key: str) -> None:
+        for bits, first, _last in self._by_key.pop(key):
+            ranges = self._ranges[bits]
+            del ranges[bisect_left(ranges, (first,))]
+
+    def clash(self, lease: Lease, spans: list[Span]) -> str | None:
+        """The reason if a subnet of the lease overlaps one that is taken."""
+        for bits, first, last in spans:
+            ranges = self._ranges[bits]
+            position = bisect_left(ranges, (first,))
+            for found_first, found_last, key in ranges[max(0, position - 1) : position + 1]:
+                if found_first <= last and first <= found_last:
+                    subnet = lease.subnet if bits == 32 else lease.subnet6
+                    whose = "our own" if key == self._own else f"that of the earlier lease {key}"
+                    return f"its subnet {subnet} overlaps {whose}"
+        return None

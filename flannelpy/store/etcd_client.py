@@ -1,0 +1,273 @@
+"""etcd's v3 API: the calls that we use, with deadlines, retries where they are safe, and authentication."""
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from flannelpy.errors import StoreError
+from flannelpy.store import etcd_pb2 as pb
+from flannelpy.store.etcd_connection import CallError, Connection, Member, call_errors
+from flannelpy.store.etcd_endpoint import Tls
+from flannelpy.store.etcd_reason import bounded, call_reason
+
+Reply = TypeVar("Reply", bound=Message)
+_Metadata = tuple[tuple[str, str], ...]
+
+_LOST = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+_PERMANENT = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
+_STALE_TOKEN = ("invalid auth token", "revision of auth store is old")
+
+
+class OutcomeUnknownError(StoreError):
+    """A write was sent and its answer got lost: it may or may not take place. Read before writing again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, transient=True)
+
+
+class RefusedError(StoreError):
+    """etcd answered with an error; `details` is its own text."""
+
+    def __init__(self, message: str, details: str, *, transient: bool) -> None:
+        super().__init__(message, transient=transient)
+        self.details = details
+
+
+class _Method(NamedTuple, Generic[Reply]):
+    kind: str
+    """The name under which it is counted."""
+    path: str
+    reply: Callable[[bytes], Reply]
+
+
+_RANGE = _Method("range", "/etcdserverpb.KV/Range", pb.RangeResponse.FromString)
+_TXN = _Method("txn", "/etcdserverpb.KV/Txn", pb.TxnResponse.FromString)
+_GRANT = _Method("grant", "/etcdserverpb.Lease/LeaseGrant", pb.LeaseGrantResponse.FromString)
+_REVOKE = _Method("revoke", "/etcdserverpb.Lease/LeaseRevoke", pb.LeaseRevokeResponse.FromString)
+_TTL = _Method("ttl", "/etcdserverpb.Lease/LeaseTimeToLive", pb.LeaseTimeToLiveResponse.FromString)
+_WATCH = _Method("watch", "/etcdserverpb.Watch/Watch", pb.WatchResponse.FromString)
+_AUTHENTICATE = _Method("authenticate", "/etcdserverpb.Auth/Authenticate", pb.AuthenticateResponse.FromString)
+
+
+class EtcdClient:
+    """A client of an etcd cluster, connected to one member at a time.
+
+    `credentials` are user and password. Raises StoreError for unusable files, SettingsError for unusable
+    endpoints. Every call raises StoreError, whose message names endpoint, reason and remedy; `transient` is
+    False only where waiting cannot help: a wrong password, a missing permission.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        tls: Tls | None = None,
+        credentials: tuple[str, str] | None = None,
+        *,
+        call_timeout: float = 5.0,
+        connect_timeout: float = 5.0,
+    ) -> None:
+        self._connection = Connection(endpoints, tls, connect_timeout)
+        self._credentials = credentials
+        self._timeout = call_timeout
+        self._token: str | None = None
+        self._authenticating = asyncio.Lock()
+        self.requests: Counter[str] = Counter()
+        """How many requests of each kind were sent: range, txn, grant, revoke, ttl, watch, authenticate."""
+
+    @property
+    def place(self) -> str:
+        """The endpoints, for messages."""
+        return ", ".join(endpoint.text for endpoint in self._connection.endpoints)
+
+    async def close(self) -> None:
+        """Close the connection; calls under way end with a StoreError."""
+        await self._connection.close()
+
+    # --- calls ---
+
+    async def range(self, key: bytes, range_end: bytes = b"") -> pb.RangeResponse:
+        """Read a key, or all keys in [key, range_end); linearizable."""
+        return await self._call(_RANGE, pb.RangeRequest(key=key, range_end=range_end), repeatable=True)
+
+    async def txn(
+        self,
+        compare: Iterable[pb.Compare],
+        success: Iterable[pb.RequestOp],
+        failure: Iterable[pb.RequestOp] = (),
+    ) -> pb.TxnResponse:
+        """Compare and write in one step. Raises OutcomeUnknownError when the answer got lost."""
+        request = pb.TxnRequest(compare=compare, success=success, failure=failure)
+        return await self._call(_TXN, request, repeatable=False)
+
+    async def grant(self, ttl: int) -> int:
+        """A new etcd lease of `ttl` seconds -> its id.
+
+        We choose the id, so a grant whose answer got lost can be repeated and leaves nothing behind.
+        """
+        lease_id = int.from_bytes(os.urandom(8)) >> 2 or 1
+        try:
+            await self._call(_GRANT, pb.LeaseGrantRequest(TTL=ttl, ID=lease_id), repeatable=True)
+        except RefusedError as error:
+            if "lease already exists" not in error.details:
+                raise
+        return lease_id
+
+    async def revoke(self, lease_id: int) -> None:
+        """End an etcd lease and delete the keys on it; one that is gone already is no error."""
+        try:
+            await self._call(_REVOKE, pb.LeaseRevokeRequest(ID=lease_id), repeatable=True)
+        except RefusedError as error:
+            if "lease not found" not in error.details:
+                raise
+
+    async def keys_on(self, lease_id: int) -> tuple[bytes, ...]:
+        """The keys that hang on an etcd lease."""
+        request = pb.LeaseTimeToLiveRequest(ID=lease_id, keys=True)
+        return tuple((await self._call(_TTL, request, repeatable=True)).keys)
+
+    async def watch(
+        self, key: bytes, range_end: bytes = b"", start_revision: int = 0
+    ) -> AsyncGenerator[pb.WatchResponse, None]:
+        """The responses of one watch, the `created` one first; one with a compact_revision is the last.
+
+        Raises StoreError when the stream ends for any other reason. Close it (`contextlib.aclosing`).
+        """
+        member = await self._connection.ready()
+        metadata = (("hasleader", "true"), *await self._token_metadata(member))
+        self.requests[_WATCH.kind] += 1
+        call = member.channel.stream_stream(
+            _WATCH.path, pb.WatchRequest.SerializeToString, _WATCH.reply
+        )(None, metadata=metadata)  # fmt: skip
+        create = pb.WatchCreateRequest(
+            key=key, range_end=range_end, start_revision=start_revision, progress_notify=True
+        )
+        try:
+            with call_errors():
+                await call.write(pb.WatchRequest(create_request=create))
+                async with asyncio.timeout(self._timeout):
+                    response = await call.read()
+            while isinstance(response, pb.WatchResponse):
+                if response.canceled and not response.compact_revision:
+                    # Up to 3.4 a stale token is called "permission denied" here: try with a new one next.
+                    self._token = None
+                    reason = bounded(response.cancel_reason)
+                    raise self._error(member, f"the watch is refused: {reason}")
+                yield response
+                with call_errors():
+                    response = await call.read()
+            await self._connection.leave(member)
+            raise self._error(member, "the watch is lost")
+        except CallError as error:
+            if _is_stale_token(error):
+                self._token = None
+            await self._connection.leave(member)
+            raise self._error(member, f"the watch is lost: {self._reason(error)}") from None
+        finally:
+            call.cancel()
+
+    async def _call(self, method: _Method[Reply], request: Message, *, repeatable: bool) -> Reply:
+        """A unary call; if its member is lost, once more on the next one if it may be repeated."""
+        renewed = repeated = False
+        while True:
+            member = await self._connection.ready()
+            metadata = await self._token_metadata(member)
+            try:
+                return await self._send(member, method, request, metadata)
+            except CallError as error:
+                failure = error
+            if _is_stale_token(failure) and self._credentials is not None and not renewed:
+                self._token, renewed = None, True
+                continue
+            if failure.code not in _LOST:
+                raise self._refusal(member, failure)
+            await self._connection.leave(member)
+            # Without a connection nothing was sent.
+            if not repeatable and not failure.details.startswith("failed to connect"):
+                raise OutcomeUnknownError(
+                    f"etcd at {member.endpoint.text}: {self._reason(failure)}; "
+                    f"it is unknown whether the write takes place"
+                )
+            if repeated:
+                raise self._error(member, self._reason(failure))
+            repeated = True
+
+    async def _send(
+        self, member: Member, method: _Method[Reply], request: Message, metadata: _Metadata
+    ) -> Reply:
+        self.requests[method.kind] += 1
+        call = member.channel.unary_unary(method.path, type(request).SerializeToString, method.reply)
+        with call_errors():
+            reply: Reply = await call(request, timeout=self._timeout, metadata=metadata)
+            return reply
+
+    # --- authentication ---
+
+    async def _token_metadata(self, member: Member) -> _Metadata:
+        if self._credentials is None:
+            return ()
+        async with self._authenticating:
+            if self._token is None:
+                self._token = await self._authenticate(member, *self._credentials)
+        return (("token", self._token),) if self._token else ()
+
+    async def _authenticate(self, member: Member, user: str, password: str) -> str:
+        """A token; empty when etcd does not ask for one."""
+        request = pb.AuthenticateRequest(name=user, password=password)
+        try:
+            return (await self._send(member, _AUTHENTICATE, request, ())).token
+        except CallError as error:
+            failure = error
+        if "authentication is not enabled" in failure.details:
+            return ""
+        if failure.code not in _LOST:
+            raise self._refusal(member, failure)
+        await self._connection.leave(member)
+        raise self._error(member, self._reason(failure))
+
+    # --- errors ---
+
+    def _reason(self, failure: CallError) -> str:
+        return call_reason(failure.code.name, failure.details, self._timeout)
+
+    def _error(self, member: Member, reason: str) -> StoreError:
+        return StoreError(f"etcd at {member.endpoint.text}: {reason}", transient=True)
+
+    def _refusal(self, member: Member, failure: CallError) -> RefusedError:
+        """What to say, with the remedy, when etcd answers with an error."""
+        user = "" if self._credentials is None else self._credentials[0]
+        details, reason = failure.details, self._reason(failure)
+        if "invalid user ID or password" in details:
+            reason = f"wrong user name or password for {user!r}: check --etcd-username and --etcd-password"
+        elif "user name is empty" in details:
+            reason = "it asks for a user name and a password: give --etcd-username and --etcd-password"
+        elif failure.code is grpc.StatusCode.PERMISSION_DENIED:
+            whom = f"user {user!r}" if user else "us"
+            reason = f"{reason} for {whom}: grant a role that may read and write everything under the prefix"
+        elif "database space exceeded" in details:
+            reason = f"{reason}: compact and defragment etcd, then disarm its alarm"
+        return RefusedError(
+            f"etcd at {member.endpoint.text}: {reason}", details, transient=failure.code not in _PERMANENT
+        )
+
+
+def _is_stale_token(error: CallError) -> bool:
+    return error.code is grpc.StatusCode.UNAUTHENTICATED or any(
+        text in error.details for text in _STALE_TOKEN
+    )

@@ -1,0 +1,67 @@
+"""gRPC's and etcd's error texts condensed to one reason and, where there is one, the remedy. Pure.
+
+gRPC packs a chain of wrappers, addresses and source lines into one string; a user needs its last link.
+"""
+
+import re
+
+_MAX = 160
+
+# (pattern in the text, what a user reads); the first match counts. `{ca}` is the CA file that decides.
+_CONNECT = (
+    ("Connection refused", "connection refused (is etcd running and listening there?)"),
+    ("No such file or directory", "there is no such socket (is etcd running?)"),
+    ("Domain name not found", "the name does not resolve (check the spelling and DNS)"),
+    ("errors resolving", "the name cannot be resolved (check DNS)"),
+    ("DNS resolution failed", "the name cannot be resolved (check DNS)"),
+    ("No route to host", "no route to the host (check the network and firewalls)"),
+    ("Network is unreachable", "the network is unreachable (check routes)"),
+    ("certificate has expired", "its certificate has expired (renew it on the etcd server)"),
+    ("certificate is not yet valid", "its certificate is not yet valid (check the clocks)"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by a CA in {ca} (check --etcd-cafile)"),
+    ("unable to get local issuer", "its certificate is not signed by a CA in {ca} (check --etcd-cafile)"),
+    ("verification check failed", "its certificate is for another name or address (use one that it names)"),
+    ("is not in peer certificate", "its certificate is for another name or address (use one that it names)"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS (use http:// if that is wanted)"),
+    ("CERTIFICATE_REQUIRED", "it wants a client certificate (give --etcd-certfile and --etcd-keyfile)"),
+    ("ALERT_BAD_CERTIFICATE", "it refuses our client certificate (check --etcd-certfile)"),
+    ("ALERT_UNKNOWN_CA", "it refuses our client certificate (check --etcd-certfile)"),
+    ("Handshake", "the TLS handshake failed (does it speak TLS, and trust our certificate?)"),
+)
+_CLOSED = (
+    "Socket closed",
+    "Connection reset",
+    "Broken pipe",
+    "GOAWAY",
+    "Stream removed",
+    "recvmsg",
+    "Connection closed",
+)
+_HINTS = {False: " (does it want https:// ?)", True: " (does it want a client certificate?)"}
+
+
+def connect_reason(details: str, ca: str, *, secure: bool) -> str:
+    """Why an endpoint cannot be connected to, from gRPC's details of the failed connection."""
+    for pattern, reason in _CONNECT:
+        if pattern.lower() in details.lower():
+            return reason.format(ca=ca)
+    if any(pattern in details for pattern in _CLOSED):
+        return f"it closes the connection{_HINTS[secure]}"
+    return bounded(details.rpartition("last error: ")[2])
+
+
+def call_reason(code: str, details: str, timeout: float) -> str:
+    """Why a call failed, from gRPC's status name ("UNAVAILABLE") and details."""
+    if code == "DEADLINE_EXCEEDED" and not details.startswith("etcdserver"):
+        return f"no answer within {timeout:g} s"
+    if "ping timeout" in details.lower() or "keepalive" in details.lower():
+        return "it stopped answering"
+    if any(pattern in details for pattern in _CLOSED):
+        return "connection lost"
+    return bounded(re.sub(r"^(etcdserver|mvcc|auth): ", "", details) or code.lower().replace("_", " "))
+
+
+def bounded(text: str) -> str:
+    """One printable line of at most 160 characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: _MAX * 4]).split())
+    return line if len(line) <= _MAX else line[: _MAX - 3] + "..."

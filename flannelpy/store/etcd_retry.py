@@ -1,0 +1,47 @@
+"""How a watch waits between attempts, and when it says that there is trouble."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from random import Random
+
+FIRST_WAIT = 0.1
+LONGEST_WAIT = 5.0
+_STEADY = 5.0
+"""Seconds after which a connection counts as having worked."""
+
+
+class Retry:
+    """100 ms doubling to 5 s, each shortened by up to a half at random: thousands of nodes wait at once.
+
+    One lost connection that is replaced at once is no news; the second failure in a row, or the first of all,
+    is reported.
+    """
+
+    def __init__(self, random: Random, report: Callable[[str | None], None]) -> None:
+        self._random = random
+        self._report = report
+        self._failures = 0
+        self._worked_since: float | None = None
+        self._ever = False
+
+    def succeeded(self) -> None:
+        """The watch stands."""
+        self._ever = True
+        self._worked_since = time.monotonic()
+        self._report(None)
+
+    async def failed(self, reason: str) -> None:
+        """Report if it is worth it, and wait."""
+        # A server that accepts each watch and drops it at once must not be asked ten times a second.
+        if self._worked_since is not None and time.monotonic() - self._worked_since > _STEADY:
+            self._failures = 0
+        self._worked_since = None
+        self._failures += 1
+        if self._failures > 1 or not self._ever:
+            self._report(reason)
+        await asyncio.sleep(self._delay())
+
+    def _delay(self) -> float:
+        longest = min(LONGEST_WAIT, FIRST_WAIT * (1 << min(self._failures - 1, 10)))
+        return longest * self._random.uniform(0.5, 1.0)

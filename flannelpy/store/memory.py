@@ -1,0 +1,255 @@
+"""The Store in memory, for tests and simulations: one `MemoryData`, one `MemoryStore` per node on it.
+
+It has etcd's revisions, comparisons, deletions, compaction and outages. Nothing expires by itself: the
+simulation steps time and calls `expire`.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import lru_cache
+from random import Random
+from typing import NamedTuple
+
+from flannelpy.errors import StoreError
+from flannelpy.model.config import NetworkConfig
+from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
+from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
+from flannelpy.store import Offer
+from flannelpy.store.claim import (
+    Create,
+    MakeRoom,
+    Pair,
+    TakeOver,
+    decide,
+    is_same_node,
+    own_leases,
+    stale_leases,
+)
+from flannelpy.store.etcd_codec import Listing, Record, read_changes, read_lease, read_listing
+
+# Each of n nodes reads each of n records.
+_read = lru_cache(maxsize=1 << 16)(read_lease)
+
+
+class _Change(NamedTuple):
+    revision: int
+    deleted: bool
+    record: Record
+
+
+class MemoryData:
+    """What all nodes of a simulated network share."""
+
+    def __init__(self, config: str | None = None) -> None:
+        self.config = config
+        self.records: dict[str, Record] = {}
+        self.revision = 1
+        self.compacted = 0
+        """Changes up to this revision cannot be watched any more."""
+        self._changes: list[_Change] = []
+        self._lease_ids = 0
+        self._wakers: set[asyncio.Event] = set()
+
+    def set_config(self, text: str | None) -> None:
+        """Write the network config, or delete it."""
+        self.config = text
+        self.revision += 1
+        self.wake()
+
+    def put(self, key: str, value: bytes, etcd_lease_id: int = 0) -> int:
+        """Write any record, a malformed one too -> its revision."""
+        self.revision += 1
+        old = self.records.get(key)
+        created = self.revision if old is None else old.created
+        self.records[key] = Record(key, value, created, self.revision, etcd_lease_id)
+        self._changes.append(_Change(self.revision, deleted=False, record=self.records[key]))
+        self.wake()
+        return self.revision
+
+    def delete(self, key: str) -> None:
+        """Delete a record if it is there."""
+        record = self.records.pop(key, None)
+        if record is not None:
+            self.revision += 1
+            self._changes.append(_Change(self.revision, deleted=True, record=record))
+            self.wake()
+
+    def grant(self) -> int:
+        """A new etcd lease id."""
+        self._lease_ids += 1
+        return self._lease_ids
+
+    def expire(self, etcd_lease_id: int) -> None:
+        """Delete the records on an etcd lease."""
+        for record in list(self.records.values()):
+            if record.etcd_lease_id == etcd_lease_id:
+                self.delete(record.key)
+
+    def compact(self) -> None:
+        """Forget the history up to now."""
+        self._changes.clear()
+        self.compacted = self.revision
+
+    def since(self, revision: int) -> Iterator[tuple[bool, Record]]:
+        """(deleted, record) of each change after a revision."""
+        # Watchers are nearly always near the end.
+        start = len(self._changes)
+        while start and self._changes[start - 1].revision > revision:
+            start -= 1
+        return ((change.deleted, change.record) for change in self._changes[start:])
+
+    def listing(self) -> Listing:
+        """All records, in the order of their keys."""
+        return read_listing((self.records[key] for key in sorted(self.records)), self.revision, _read)
+
+    def watcher(self) -> asyncio.Event:
+        """An event that is set at every change from now on, until it is handed to `forget`."""
+        event = asyncio.Event()
+        self._wakers.add(event)
+        return event
+
+    def forget(self, watcher: asyncio.Event) -> None:
+        """No more news for this one."""
+        self._wakers.discard(watcher)
+
+    def wake(self) -> None:
+        """Let all watchers look."""
+        for event in self._wakers:
+            event.set()
+
+
+class MemoryStore:
+    """One node's view of a MemoryData. `connected` may be switched at any time with `connect`."""
+
+    config_place = "config in memory"
+
+    def __init__(
+        self,
+        data: MemoryData,
+        *,
+        random: Random | None = None,
+        on_trouble: Callable[[str | None], None] | None = None,
+    ) -> None:
+        self.data = data
+        self.connected = True
+        self._random = random or Random(0)  # noqa: S311
+        self._on_trouble = on_trouble
+        self._handed: Listing | None = None
+
+    def connect(self, *, connected: bool) -> None:
+        """Cut this node off from the store, or heal it: watches then go on where they were."""
+        if connected != self.connected:
+            self.connected = connected
+            if self._on_trouble is not None:
+                self._on_trouble(None if connected else "the store in memory is switched off")
+            self.data.wake()
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+    async def watch_config(self) -> AsyncGenerator[str | None, None]:
+        """See Store."""
+        known: tuple[str | None] | None = None
+        watcher = self.data.watcher()
+        try:
+            while True:
+                watcher.clear()
+                if self.connected and known != (self.data.config,):
+                    known = (self.data.config,)
+                    yield self.data.config
+                else:
+                    await watcher.wait()
+        finally:
+            self.data.forget(watcher)
+
+    async def acquire(self, config: NetworkConfig, offer: Offer, previous: Previous) -> Lease:
+        """See Store. Between reading and writing other nodes have a turn, as with etcd."""
+        ours = offer(None, ())
+        refused: list[Pair] = []
+        while True:
+            self._check()
+            listing = self.data.listing()
+            try:
+                decision = decide(config, listing, ours, previous, refused, self._random)
+            except PoolFull as full:
+                raise StoreError(str(full)) from None
+            await asyncio.sleep(0)
+            self._check()
+            if isinstance(decision, MakeRoom):
+                for lease in decision.leases:
+                    self.data.delete(lease.key)
+                continue
+            own = self._write(decision, listing, ours, offer)
+            if own is not None:
+                break
+            if isinstance(decision, Create):
+                refused.append((decision.subnet, decision.subnet6))
+        for lease in stale_leases(config, listing, ours):
+            self.data.delete(lease.key)
+        self._handed = self.data.listing()
+        return own
+
+    def _write(
+        self, decision: TakeOver | Create, listing: Listing, ours: LeaseAttrs, offer: Offer
+    ) -> Lease | None:
+        """The record as written; None if the comparison failed."""
+        others = tuple(lease for lease in listing.leases.values() if not is_same_node(lease.attrs, ours))
+        if isinstance(decision, TakeOver):
+            old = decision.lease
+            grant = self.data.grant() if old.etcd_lease_id else 0
+            return self._replace(old, old._replace(attrs=offer(old, others), etcd_lease_id=grant))
+        taken = self.data.listing().taken
+        if any(_share(decision, pair) for pair in taken):
+            return None
+        mine = own_leases(listing, ours)
+        attrs = offer(mine[0] if mine else None, others)
+        grant = self.data.grant()
+        revision = self.data.put(decision.key, encode_attrs(attrs).encode(), grant)
+        return Lease(decision.key, decision.subnet, decision.subnet6, attrs, revision, revision, grant)
+
+    async def renew(self, own: Lease) -> Lease | None:
+        """See Store."""
+        self._check()
+        return self._replace(own, own._replace(etcd_lease_id=self.data.grant() if own.etcd_lease_id else 0))
+
+    def _replace(self, old: Lease, new: Lease) -> Lease | None:
+        """Write a record if it is still as we know it."""
+        record = self.data.records.get(old.key)
+        if record is None or record.revision != old.revision:
+            return None
+        value = encode_attrs(new.attrs).encode()
+        return new._replace(revision=self.data.put(new.key, value, new.etcd_lease_id))
+
+    async def watch(self) -> AsyncGenerator[LeaseUpdate, None]:
+        """See Store. All changes since the last look come as one Delta."""
+        listing, self._handed = self._handed, None
+        seen = -1
+        watcher = self.data.watcher()
+        try:
+            while True:
+                watcher.clear()
+                if not self.connected or seen == self.data.revision:
+                    await watcher.wait()
+                elif seen < self.data.compacted:
+                    listing = listing or self.data.listing()
+                    seen = listing.revision
+                    yield listing.snapshot()
+                    listing = None
+                else:
+                    changes = self.data.since(seen)
+                    seen = self.data.revision
+                    yield read_changes(changes, seen, _read)
+        finally:
+            self.data.forget(watcher)
+
+    def _check(self) -> None:
+        if not self.connected:
+            raise StoreError("the store in memory is switched off", transient=True)
+
+
+def _share(decision: Create, pair: Pair) -> bool:
+    """Whether the two have an address in common."""
+    return any(
+        mine is not None and theirs is not None and mine.overlaps(theirs)
+        for mine, theirs in zip(decision, pair, strict=True)
+    )

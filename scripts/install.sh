@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Makes this clone ready to use: Debian's programs that are missing, and a virtual environment from the lock.
+#
+#   scripts/install.sh               what `make install` runs; a second run has nothing to do and says so
+#   PYTHON=python3.12 make install   with another interpreter (3.11 or newer)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# A non-login shell of root may lack the folders where ip, etcd and sysctl live.
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+python=${PYTHON:-python3}
+venv=.venv
+stamp=$venv/installed-from
+
+say() { printf 'install: %s\n' "$*"; }
+die() { printf 'install: error: %s\n' "$*" >&2; exit 1; }
+
+# One line each: the program that is looked for, and the Debian package that brings it.
+missing_packages() {
+    local program package
+    while read -r program package; do
+        command -v "$program" >/dev/null || printf '%s\n' "$package"
+    done <<'LIST'
+etcd etcd-server
+etcdctl etcd-client
+ip iproute2
+ping iputils-ping
+sysctl procps
+iperf3 iperf3
+systemd-analyze systemd
+LIST
+    if [ "$python" = python3 ]; then
+        command -v python3 >/dev/null || printf 'python3\n'
+        python3 -c 'import ensurepip, venv' 2>/dev/null || printf 'python3-venv\n'
+    fi
+}
+
+install_packages() {
+    local missing
+    mapfile -t missing < <(missing_packages)
+    [ "${#missing[@]}" -gt 0 ] || return 0
+    command -v apt-get >/dev/null ||
+        die "this is no Debian; install what these Debian packages hold, then run it again: ${missing[*]}"
+    [ "$(id -u)" = 0 ] ||
+        die "missing Debian packages; as root run: apt-get install -y ${missing[*]}"
+    say "installing Debian packages: ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+    if ! { apt-get -q update && apt-get -q install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        die "apt-get could not install ${missing[*]}; what it said stands above"
+    fi
+    hash -r
+    mapfile -t missing < <(missing_packages)
+    [ "${#missing[@]}" -eq 0 ] || die "still missing after apt-get: ${missing[*]} (is $(command -v python3) Debian's own?)"
+}
+
+check_python() {
+    command -v "$python" >/dev/null || die "PYTHON=$python is not a program here"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "$("$python" --version 2>&1) is too old; flannelpy needs 3.11 or newer: make install PYTHON=python3.12"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        die "$python cannot make virtual environments (no ensurepip or venv module)"
+}
+
+# What the environment was made from: a change in any of it makes it anew.
+# The path counts, for the programs in a virtual environment hold the path that they were made at.
+fingerprint() {
+    pwd
+    "$python" -c 'import sys; print(sys.version)'
+    sha256sum requirements/dev.lock pyproject.toml
+}
+
+make_venv() {
+    local wanted
+    wanted=$(fingerprint)
+    if [ -x $venv/bin/flannelpy ] && [ "$(cat $stamp 2>/dev/null)" = "$wanted" ] && $venv/bin/python -c ''; then
+        say "$venv is up to date"
+        return
+    fi
+    say "making $venv with $("$python" --version) from requirements/dev.lock"
+    "$python" -m venv --clear $venv
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    $venv/bin/pip install --quiet --require-hashes -r requirements/dev.lock
+    $venv/bin/pip install --quiet --no-deps --no-build-isolation -e .
+    printf '%s\n' "$wanted" >$stamp
+}
+
+install_packages
+check_python
+make_venv
+say "ready: $venv/bin/flannelpy --help"
