@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from netns import PREFIX, SCRATCH, Namespace
-from observer import Observer
-from peers import ETCD_ADDRESS, KEYS, NODE_ADDRESS, UNDERLAY_LENGTH, Peer, base64_text, network_config
+from bench.netns import PREFIX, SCRATCH, Namespace
+from bench.observer import Observer
+from bench.peers import ETCD_ADDRESS, KEYS, NODE_ADDRESS, UNDERLAY_LENGTH, Peer, base64_text, network_config
 
 UPLINK = "uplink0"
 _TRANSACTION = 100  # operations; etcd refuses more than 128

@@ -1,7 +1,6 @@
 """The backend contract: three pure methods, and how a backend is found by its name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
@@ -12,8 +11,7 @@ from flannelpy.model.lease import Lease, LeaseAttrs
 from flannelpy.model.uplink import Uplink
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What a backend may know about this host."""
 
     uplink: Uplink

@@ -20,7 +20,7 @@ class UplinkError(FlannelpyError):
 
 
 class KernelError(FlannelpyError):
-    """The kernel refuses what the overlay cannot do without (no privileges, no vxlan, a name that is taken)."""
+    """The kernel refuses what the overlay needs (no privileges, no vxlan, a name that is taken)."""
 
     exit_code = 4
 

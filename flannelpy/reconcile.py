@@ -7,7 +7,6 @@ everything; the loop then compares and applies the difference. One task runs thi
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from random import Random
 from typing import Protocol
 
@@ -99,7 +98,7 @@ class Reconciler:
         problem = ""
         for _attempt in range(4):
             observed = self._kernel.observe(self._scope, devices_only=True)
-            self._facts = replace(self._facts, links=observed.links)
+            self._facts = self._facts._replace(links=observed.links)
             ops = self._wanted_now(plan(self._backend.own(self._own, self._facts), observed))
             if not ops:
                 return
@@ -153,7 +152,7 @@ class Reconciler:
         observed = self._kernel.observe(self._scope)
         self._scope = self._scope._replace(takeover=())
         self._observed = observed
-        self._facts = replace(self._facts, links=observed.links)
+        self._facts = self._facts._replace(links=observed.links)
         self._refresh_on_link()
         desired = self._backend.own(self._own, self._facts)
         desired.update(self._peers.state)
@@ -220,7 +219,7 @@ class Reconciler:
         leases = update.leases if isinstance(update, Snapshot) else update.put
         asked = {ip for lease in leases for ip in (lease.attrs.public_ip, lease.attrs.public_ipv6) if ip}
         found = self._kernel.on_link(asked, self._facts.uplink.name)
-        self._facts = replace(self._facts, on_link=(self._facts.on_link - asked) | found)
+        self._facts = self._facts._replace(on_link=(self._facts.on_link - asked) | found)
 
     def _refresh_on_link(self) -> None:
         if not self._backend.wants_on_link:
@@ -229,7 +228,7 @@ class Reconciler:
         asked = {ip for a in attrs for ip in (a.public_ip, a.public_ipv6) if ip}
         found = self._kernel.on_link(asked, self._facts.uplink.name)
         if found != self._facts.on_link:
-            self._facts = replace(self._facts, on_link=found)
+            self._facts = self._facts._replace(on_link=found)
             self._peers.rebase(self._own, self._needs)
 
     # --- words -------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ exits with 0 for bad flags), and a word that would hide the flags after it is an
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,18 +21,15 @@ DEFAULT = "default"
 _USER_INFO = re.compile(r"//[^/,]*@")
 
 
-@dataclass(frozen=True, slots=True)
-class ShowHelp:
+class ShowHelp(NamedTuple):
     """The command line asks for the help text."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShowVersion:
+class ShowVersion(NamedTuple):
     """The command line asks for the version."""
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Settings:
+class Settings(NamedTuple):
     """One field for each flag of `flags.TABLE`; `repr` and `describe` keep the secrets."""
 
     etcd_endpoints: tuple[str, ...]
@@ -76,7 +72,7 @@ class Settings:
     """"text" or "json"."""
     ignored_words: tuple[str, ...] = ()
     """Words after the flags: without meaning, worth a warning."""
-    sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    sources: Mapping[str, str] = MappingProxyType({})
     """Flag name -> "default", "command line" or the name of a variable."""
 
     def notes(self) -> tuple[str, ...]:

@@ -64,27 +64,37 @@ check_python() {
         die "$python cannot make virtual environments (no ensurepip or venv module)"
 }
 
-# What the environment was made from: a change in any of it makes it anew.
-# The path counts, for the programs in a virtual environment hold the path that they were made at.
-fingerprint() {
+# Where and with what the environment was made: programs in it hold the path that they were installed at.
+made_with() {
     pwd
-    "$python" -c 'import sys; print(sys.version)'
+    "$python" -c 'import platform, sys; print(platform.python_version(), sys.base_prefix)'
+}
+
+made_from() {
     sha256sum requirements/dev.lock pyproject.toml
 }
 
+# The stamp holds both. Another path or interpreter makes the environment anew; another lock or pyproject.toml only
+# installs what differs, which is quick and works without a network when nothing new is needed.
 make_venv() {
-    local wanted
-    wanted=$(fingerprint)
-    if [ -x $venv/bin/flannelpy ] && [ "$(cat $stamp 2>/dev/null)" = "$wanted" ] && $venv/bin/python -c ''; then
-        say "$venv is up to date"
-        return
+    local with from
+    with=$(made_with)
+    from=$(made_from)
+    if [ -f $stamp ] && [ "$(head -n 2 $stamp)" = "$with" ] && $venv/bin/python -c '' 2>/dev/null; then
+        if [ "$(tail -n +3 $stamp)" = "$from" ]; then
+            say "$venv is up to date"
+            return
+        fi
+        say "bringing $venv up to date with requirements/dev.lock"
+    else
+        say "making $venv with $("$python" --version) from requirements/dev.lock"
+        "$python" -m venv --clear $venv
     fi
-    say "making $venv with $("$python" --version) from requirements/dev.lock"
-    "$python" -m venv --clear $venv
+    rm -f $stamp # an interrupted installation must not look like a whole one
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     $venv/bin/pip install --quiet --require-hashes -r requirements/dev.lock
     $venv/bin/pip install --quiet --no-deps --no-build-isolation -e .
-    printf '%s\n' "$wanted" >$stamp
+    printf '%s\n%s\n' "$with" "$from" >$stamp
 }
 
 install_packages

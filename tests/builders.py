@@ -21,7 +21,7 @@ def config(text: str = V4) -> NetworkConfig:
 def uplink(mtu: int = 1500, public_ip: str = "192.0.2.1") -> Uplink:
     return Uplink(
         name="eth0",
-        index=2,
+        ifindex=2,
         mtu=mtu,
         address=parse_v4("192.0.2.1"),
         address6=parse_v6("2001:db8::1"),

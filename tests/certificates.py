@@ -1,6 +1,6 @@
 """Throw-away certificates for tests."""
 
-import datetime
+import datetime as dt
 import ipaddress
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ class Authority:
     def issue(self, name: str, *, address: str = "127.0.0.1", expired: bool = False) -> Issued:
         """A certificate for an address, for servers and clients alike."""
         key = ec.generate_private_key(ec.SECP256R1())
-        start = _now() - datetime.timedelta(days=10 if expired else 0)
+        start = _now() - dt.timedelta(days=10 if expired else 0)
         alternative = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
         usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
         certificate = (
@@ -58,8 +58,8 @@ class Authority:
         return files
 
 
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=5)
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC) - dt.timedelta(minutes=5)
 
 
 def _name(name: str) -> x509.Name:
@@ -70,7 +70,7 @@ def _builder(
     subject: x509.Name,
     issuer: x509.Name,
     key: ec.EllipticCurvePublicKey,
-    start: datetime.datetime,
+    start: dt.datetime,
     *,
     days: int,
 ) -> x509.CertificateBuilder:
@@ -81,5 +81,5 @@ def _builder(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
-        .not_valid_after(start + datetime.timedelta(days=days))
+        .not_valid_after(start + dt.timedelta(days=days))
     )

@@ -1,4 +1,4 @@
-"""A real etcd in a process of its own: started on free loopback ports, killed, paused and restarted by pid."""
+"""A real etcd in a process of its own: started on free loopback ports, killed, paused, restarted by pid."""
 
 import json
 import os

@@ -119,6 +119,8 @@ class Lab:
         self.etcd: Process | None = None
         self.underlay = f"{prefix}underlay"
         self.etcd_url = f"http://{GATEWAY}:2379"
+        self.patience = 5.0
+        """Seconds that a process gets to end by itself."""
         self._namespaces: list[str] = []
         self._processes: list[Process] = []
 
@@ -142,8 +144,8 @@ class Lab:
 
     def close(self) -> None:
         """Stop every process, the daemons before etcd, and remove every namespace and the folder."""
-        stop(process for process in self._processes if process is not self.etcd)
-        stop(self._processes)
+        stop((process for process in self._processes if process is not self.etcd), self.patience)
+        stop(self._processes, self.patience)
         for process in self._processes:
             process.notify.close()
         remove(self._namespaces)

@@ -7,7 +7,6 @@ refused, by one line that names the key, the value and the rule.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from flannelpy.model.address import Address, Prefix, format_address, parse_address, parse_prefix
@@ -26,8 +25,7 @@ class ConfigError(ValueError):
     """The network config is not usable: one line with the key, the value and the rule."""
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkConfig:
+class NetworkConfig(NamedTuple):
     """A checked network config. All values of a family that is not enabled are None or 0."""
 
     network: Prefix | None
@@ -45,7 +43,7 @@ class NetworkConfig:
     subnet6_max: Address | None
     backend_type: str
     """In lower case; "udp" when the config has no Backend, as in flannel."""
-    backend: Mapping[str, Any] = field(hash=False)
+    backend: Mapping[str, Any]
     """The Backend object as it stands, with `Type`; read it through `Section(config.backend, "Backend")`."""
 
 

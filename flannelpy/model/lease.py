@@ -3,7 +3,6 @@
 `Snapshot` and `Delta` are two types on purpose: an empty delta can never be read as "nobody is left".
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from flannelpy.model.address import Address, Prefix
@@ -46,8 +45,7 @@ class Lease(NamedTuple):
         return tuple(subnet for subnet in (self.subnet, self.subnet6) if subnet is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """All leases at one revision, our own included. Whatever is not in it is gone."""
 
     leases: tuple[Lease, ...]
@@ -57,8 +55,7 @@ class Snapshot:
     whose earlier record was good."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What changed up to a revision. Whatever is not in it is as it was."""
 
     put: tuple[Lease, ...]

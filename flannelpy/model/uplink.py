@@ -7,7 +7,6 @@ two families of a dual-stack node always come from one interface.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -33,33 +32,30 @@ class InterfaceAddress(NamedTuple):
     """An IPv6 privacy address."""
 
 
-@dataclass(frozen=True, slots=True)
-class Interface:
+class Interface(NamedTuple):
     """One interface, its addresses in kernel order."""
 
-    index: int
+    ifindex: int
     name: str
     mtu: int
     addresses: tuple[InterfaceAddress, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class DefaultRoute:
+class DefaultRoute(NamedTuple):
     """One default route of the main table, in kernel order."""
 
     bits: int
     """32 or 128: the family."""
-    index: int
+    ifindex: int
     """The output interface; 0 when it has several next hops."""
     metric: int
 
 
-@dataclass(frozen=True, slots=True)
-class Uplink:
+class Uplink(NamedTuple):
     """The interface that was chosen. Addresses of a family that the network does not use are None."""
 
     name: str
-    index: int
+    ifindex: int
     mtu: int
     address: Address | None
     address6: Address | None
@@ -109,7 +105,7 @@ class _Host(NamedTuple):
         return (interface for interface in self.interfaces if not _OVERLAY.fullmatch(interface.name))
 
     def by_index(self, index: int) -> Interface | None:
-        return next((interface for interface in self.underlay() if interface.index == index), None)
+        return next((interface for interface in self.underlay() if interface.ifindex == index), None)
 
     def owner(self, address: Address) -> Interface | None:
         for interface in self.interfaces:
@@ -253,9 +249,9 @@ def _default_interfaces(bits: int, host: _Host) -> list[Interface]:
     """The interfaces of one family's default routes, the preferred route first."""
     family = "IPv4" if bits == 32 else "IPv6"
     routes = sorted((route for route in host.defaults if route.bits == bits), key=lambda route: route.metric)
-    if routes and routes[0].index == 0:
+    if routes and routes[0].ifindex == 0:
         raise NoUplink(f"the {family} default route has several next hops")
-    interfaces = [interface for route in routes if (interface := host.by_index(route.index)) is not None]
+    interfaces = [interface for route in routes if (interface := host.by_index(route.ifindex)) is not None]
     if not interfaces:
         raise NoUplink(f"there is no {family} default route")
     return interfaces
@@ -308,7 +304,7 @@ def _complete(found: _Found, host: _Host) -> _Found:
 
 
 def _uplink(found: _Found, wish: Wish, host: _Host) -> tuple[Uplink, str]:
-    name, index, mtu = found.interface.name, found.interface.index, found.interface.mtu
+    name, index, mtu = found.interface.name, found.interface.ifindex, found.interface.mtu
     public_ip = wish.public_ip if host.want_v4 and wish.public_ip is not None else found.address
     public_ipv6 = wish.public_ipv6 if host.want_v6 and wish.public_ipv6 is not None else found.address6
     shown = ", ".join(format_address(own) for own in (found.address, found.address6) if own is not None)

@@ -25,7 +25,7 @@ from flannelpy.store.claim import (
     own_leases,
     stale_leases,
 )
-from flannelpy.store.etcd_codec import Listing, Record, read_changes, read_lease, read_listing
+from flannelpy.store.etcd_codec import Listing, Record, read_changes, read_lease, read_listing, shown_key
 
 # Each of n nodes reads each of n records.
 _read = lru_cache(maxsize=1 << 16)(read_lease)
@@ -61,7 +61,8 @@ class MemoryData:
         self.revision += 1
         old = self.records.get(key)
         created = self.revision if old is None else old.created
-        self.records[key] = Record(key, value, created, self.revision, etcd_lease_id)
+        shown = shown_key(key.encode())
+        self.records[key] = Record(shown, value, created, self.revision, etcd_lease_id)
         self._changes.append(_Change(self.revision, deleted=False, record=self.records[key]))
         self.wake()
         return self.revision
@@ -81,9 +82,9 @@ class MemoryData:
 
     def expire(self, etcd_lease_id: int) -> None:
         """Delete the records on an etcd lease."""
-        for record in list(self.records.values()):
+        for key, record in list(self.records.items()):
             if record.etcd_lease_id == etcd_lease_id:
-                self.delete(record.key)
+                self.delete(key)
 
     def compact(self) -> None:
         """Forget the history up to now."""

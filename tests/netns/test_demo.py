@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from flannelpy.cli.processes import wait_until
+
 pytestmark = pytest.mark.root
 
 
@@ -30,7 +32,7 @@ class Machine:
         self.running: list[subprocess.Popen[str]] = []
 
     def command(self, *words: str) -> list[str]:
-        return ["nsenter", f"--mount=/proc/{self.keeper.pid}/ns/mnt", *words]
+        return ["nsenter", f"--target={self.keeper.pid}", "--mount", "--root", "--wd", "--", *words]
 
     def start(self, *flags: str) -> subprocess.Popen[str]:
         demo = subprocess.Popen(
@@ -61,6 +63,12 @@ class Machine:
     def left(self) -> list[str]:
         """The namespaces that are there, and the folder of the demo."""
         script = "ls /run/netns 2>/dev/null; ls -d /run/flannelpy-demo 2>/dev/null; true"
+        done = subprocess.run(self.command("sh", "-c", script), capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    def runs(self) -> list[str]:
+        """The processes in the namespaces."""
+        script = "for name in $(ls /run/netns); do ip netns pids $name; done"
         done = subprocess.run(self.command("sh", "-c", script), capture_output=True, text=True, check=True)
         return done.stdout.split()
 
@@ -104,9 +112,11 @@ def test_ctrl_c_ends_a_held_demo_and_a_second_one_keeps_away(machine: Machine) -
 
 def test_what_a_killed_demo_leaves_behind_is_removed_by_the_next(machine: Machine) -> None:
     held = machine.hold()
+    assert len(machine.runs()) >= 3
     held.kill()
     held.communicate()
     assert len(machine.left()) == 6
+    wait_until(lambda: not machine.runs(), "etcd and the daemons to die with the demo")
     code, _, err = machine.run("--nodes=2")
     assert code == 0, err
     assert "earlier demo has left behind: 5 namespaces" in err

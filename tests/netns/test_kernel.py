@@ -327,8 +327,8 @@ def test_links_and_routes_are_told_as_they_are(linux: LinuxKernel) -> None:
     run("ip", "route", "add", "default", "via", "192.0.2.254")
     eth0 = next(interface for interface in linux.interfaces() if interface.name == "eth0")
     assert Prefix(parse_v4("192.0.2.1"), 24) in [address.prefix for address in eth0.addresses]
-    assert [(route.bits, route.index) for route in linux.default_routes()] == [(32, eth0.index)]
-    assert linux.route_to(parse_v4("198.51.100.1")) == (eth0.index, parse_v4("192.0.2.1"))
+    assert [(route.bits, route.ifindex) for route in linux.default_routes()] == [(32, eth0.ifindex)]
+    assert linux.route_to(parse_v4("198.51.100.1")) == (eth0.ifindex, parse_v4("192.0.2.1"))
     assert linux.route_to(parse_v6("2001:db9::1")) is None
     assert ("eth0", parse_prefix("192.0.2.0/24")) in linux.routed()
     assert sys.platform == "linux"

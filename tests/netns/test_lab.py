@@ -84,6 +84,7 @@ def test_leaving_removes_namespaces_and_kills_what_runs_in_them(make_lab: Callab
     wait_until(
         lambda: run("ip", "netns", "pids", node.netns).split().count(str(straggler.pid)), "the straggler"
     )
+    lab.patience = 0.3
     lab.close()
     assert straggler.wait(5) == -9
     assert stubborn.popen.poll() == -9

@@ -1,6 +1,5 @@
 """Flags and variables -> Settings: every flag in every form, every error as one line."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -70,7 +69,7 @@ def error(*argv: str, **environ: str) -> str:
 
 
 def test_the_table_the_fields_and_the_samples_are_the_same_flags() -> None:
-    fields = [field.name for field in dataclasses.fields(Settings)]
+    fields = list(Settings._fields)
     assert fields == [flag.field for flag in FLAGS.values()] + ["ignored_words", "sources"]
     assert list(SAMPLES) == list(FLAGS)
 
@@ -84,7 +83,6 @@ def test_defaults() -> None:
     assert parsed.kube_annotation_prefix == "flannel.alpha.coreos.com"
     assert set(parsed.sources.values()) == {"default"}
     assert describe(parsed) == "all defaults"
-    assert hash(parsed)
 
 
 @pytest.mark.parametrize("name", FLAGS)

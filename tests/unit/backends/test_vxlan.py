@@ -1,7 +1,5 @@
 """What the vxlan backend tells its peers and asks of the kernel."""
 
-from dataclasses import replace
-
 import pytest
 
 from flannelpy.backends.vxlan import VxlanBackend
@@ -69,7 +67,7 @@ def test_the_mac_is_the_devices_then_the_leases_then_a_stable_hash() -> None:
     assert first & 1 == 0
     assert first & 2
     others = {
-        mac_of(vxlan.attrs(replace(facts(), host_id="another"), None, ())[0]),
+        mac_of(vxlan.attrs(facts()._replace(host_id="another"), None, ())[0]),
         mac_of(vxlan.attrs(facts(uplink=uplink(public_ip="192.0.2.77")), None, ())[0]),
         mac_of(backend(',"VNI":2').attrs(facts(), None, ())[0]),
     }

@@ -27,7 +27,7 @@ def config(**keys: Any) -> NetworkConfig:
 
 
 def seeded(number: int) -> Random:
-    return Random(number)  # noqa: S311
+    return Random(number)
 
 
 def net(text: str | None) -> Prefix | None:
