@@ -11,6 +11,8 @@ NODES ?= 3
 HOLD ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?= --leases 0,1000 --rounds 3
+FLANNELD ?=
 PYTHON ?= python3
 SCRIPTS := scripts/*.sh .ci/run
 
@@ -41,8 +43,10 @@ format: install ## let ruff lay out the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: install ## measure: every bench/*.py in turn, ratios within one run (root)
-	@shopt -s nullglob; set -e; for file in bench/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+bench: install ## measure starts and changes; FLANNELD=/path/to/flanneld to compare with it (root)
+	@$(BIN)/python bench/control_plane.py $(BENCH_FLAGS) \
+	    --daemon ours='$(CURDIR)/$(BIN)/flannelpy --iptables-forward-rules=false' \
+	    $(if $(FLANNELD),--daemon flannel='$(FLANNELD) --iptables-forward-rules=false')
 
 lock: ## choose the newest versions that fit pyproject.toml into requirements/*.lock
 	@scripts/lock.sh --upgrade

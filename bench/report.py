@@ -46,7 +46,8 @@ _ROWS = (
     ("txn_burst_last_ms", "2 x 100: last route", "ms"),
     ("exit_ms", "SIGTERM to exit", "ms"),
 )
-_LABEL, _CELL, _RATIO = 30, 28, 10
+BURST = 200
+_LABEL, _CELL, _RATIO = 30, 28, 9
 
 
 def table(results: dict[str, Any]) -> str:
@@ -59,6 +60,7 @@ def table(results: dict[str, Any]) -> str:
         f"min / median / max of {about['rounds']} rounds (one figure: all the same)",
         f"every time from exec holds {about['exec_ms']:.1f} ms of `ip netns exec`",
         *(f"{name}: {command}" for name, command in about["daemons"].items()),
+        f"ratio: of the median to {names[-1]}'s; none for a burst's last route where routes are missing",
     ]
     for leases in about["leases"]:
         lines += ["", *_block(leases, names, [run for run in runs if run["leases"] == leases])]
@@ -78,9 +80,7 @@ def _verdict(about: dict[str, Any], runs: list[dict[str, Any]], problems: list[s
 
 
 def _block(leases: int, names: list[str], runs: list[dict[str, Any]]) -> list[str]:
-    reference = names[-1]
-    ratios = [f"{name}/{reference}" for name in names[:-1]]
-    lines = [_line(f"{leases:,} leases", names, ratios)]
+    lines = [_line(f"{leases:,} leases", names, ["ratio"] * (len(names) - 1))]
     for key, label, unit in _ROWS:
         if not label:
             lines.append(f"-- {key}")
@@ -90,10 +90,18 @@ def _block(leases: int, names: list[str], runs: list[dict[str, Any]]) -> list[st
             continue
         counts = {name: sum(run["daemon"] == name for run in runs) for name in names}
         cells = [_cell(found[name], counts[name]) for name in names]
-        lines.append(_line(f"{label}{f', {unit}' if unit else ''}", cells, _ratios(found, names)))
+        ratios = _ratios(found, names) if _comparable(runs, key) else []
+        lines.append(_line(f"{label}{f', {unit}' if unit else ''}", cells, ratios))
     lines.append(_line("exit codes", [_codes(runs, name) for name in names], []))
     lines += [f"etcd requests of {name}: {_requests(runs, name)}" for name in names]
     return lines
+
+
+def _comparable(runs: list[dict[str, Any]], key: str) -> bool:
+    """Whether a time means the same for all: a last route says little when routes before it never came."""
+    if not key.endswith("burst_last_ms"):
+        return True
+    return all(run["values"].get(key.replace("last_ms", "routes"), 0) == BURST for run in runs)
 
 
 def _values(runs: list[dict[str, Any]], name: str, key: str) -> list[float]:
@@ -109,10 +117,10 @@ def _cell(values: list[float], runs: int) -> str:
 
 
 def _ratios(found: dict[str, list[float]], names: list[str]) -> list[str]:
-    base = statistics.median(found[names[-1]]) if found[names[-1]] else 0.0
-    return [
-        f"{statistics.median(found[name]) / base:.2f}" if found[name] and base else "" for name in names[:-1]
-    ]
+    medians = {name: statistics.median(values) for name, values in found.items() if values}
+    base = medians.get(names[-1], 0.0)
+    ratios = [medians[name] / base if base and name in medians else None for name in names[:-1]]
+    return ["" if one is None else f"{one:.2f}" if one >= 0.1 or not one else f"{one:.1g}" for one in ratios]
 
 
 def _codes(runs: list[dict[str, Any]], name: str) -> str:

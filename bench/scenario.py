@@ -9,13 +9,13 @@ from typing import Any
 
 from bench.observer import FDB, NEIGHBOUR, ROUTE
 from bench.peers import Peer, base64_text
+from bench.report import BURST
 from bench.rig import Daemon, Rig
 
 _START_DEADLINE_S, _PER_LEASE_S = 30.0, 0.02
 _EVENT_DEADLINE_S = 2.0
 _EVENT_GAP_S = 0.015
 _BURST_DEADLINE_S = 5.0
-_BURST = 200
 _GONE_WHILE_DOWN = 10
 _NAP_S = 0.001
 
@@ -222,7 +222,7 @@ class Scenario:
                 self.rig.observer.drain()
 
         for name, put in (("burst", one_by_one), ("txn_burst", etcd.put_in_transactions)):
-            peers = self.fresh(_BURST)
+            peers = self.fresh(BURST)
             wanted = {peer.subnet for peer in peers}
             self.rig.observer.forget()
             added = self.rig.observer.added[ROUTE]

@@ -279,8 +279,9 @@ async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIte
         if reason is None:
             log.info("the store answers again")
         else:
-            log.warning("%s; the network goes on with what it knows", reason)
-            notify.status(reason)
+            outcome = "the network goes on with what is known" if health.ready else "waiting"
+            log.warning("%s; %s", reason, outcome)
+            notify.status(f"{reason}; {outcome}")
         health.store_trouble = reason
 
     tls = Tls(settings.etcd_cafile, settings.etcd_certfile, settings.etcd_keyfile)

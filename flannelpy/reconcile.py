@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _SLICE = 3000
 """Operations applied before other tasks get their turn (about 30 ms)."""
+_NAMED = 20
+"""Bad records that are named one by one when they come at once."""
 _RESYNC_SECONDS = (45.0, 75.0)
 """A full comparison this often, somewhere in between: what no notification told is found."""
 _RETRY_SECONDS = (1.0, 60.0)
@@ -243,14 +245,24 @@ class Reconciler:
                 health.unreadable.pop(key, None)
             health.unreadable.update(update.unreadable)
         health.refused = self._peers.refused
-        for what, reasons in (("unreadable", health.unreadable), ("not programmed", health.refused)):
-            for key, reason in reasons.items():
-                if self._said.get(key) != reason:
-                    self._said[key] = reason
-                    health.refusals += 1
-                    log.warning("lease %s is %s: %s", key, what, reason)
-        for key in [key for key in self._said if key not in health.unreadable and key not in health.refused]:
-            del self._said[key]
+        self._name_new(
+            {
+                **{key: f"is unreadable: {reason}" for key, reason in health.unreadable.items()},
+                **{key: f"is not programmed: {reason}" for key, reason in health.refused.items()},
+            }
+        )
+
+    def _name_new(self, reasons: dict[str, str]) -> None:
+        """One line for each record whose trouble is new; a flood of them is cut short."""
+        new = [key for key, reason in reasons.items() if self._said.get(key) != reason]
+        self._said = reasons
+        self._health.refusals += len(new)
+        for key in new[:_NAMED]:
+            log.warning("lease %s %s", key, reasons[key])
+        if len(new) > _NAMED:
+            log.warning(
+                "and %d more leases, such as %s, which %s", len(new) - _NAMED, new[-1], reasons[new[-1]]
+            )
 
 
 def _summary(ops: list[Op], failures: list[Failure]) -> str:

@@ -93,6 +93,9 @@ class EtcdProcess:
     def pause(self) -> None:
         """SIGSTOP: connections stay up, nothing is answered."""
         os.kill(self.pid, signal.SIGSTOP)
+        # The signal is on its way when kill() returns: until it has arrived, a thread may still answer.
+        tasks = Path(f"/proc/{self.pid}/task")
+        wait_until(lambda: all(_state(task) in "TZX" for task in tasks.iterdir()), "etcd is stopped")
 
     def resume(self) -> None:
         """SIGCONT."""
@@ -115,3 +118,11 @@ class EtcdProcess:
     def ctl_json(self, *arguments: str) -> Any:
         """The same, decoded: byte strings are in base64."""
         return json.loads(self.ctl(*arguments, "--write-out=json"))
+
+
+def _state(task: Path) -> str:
+    """The scheduler's letter for a thread; Z if it has ended meanwhile."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"

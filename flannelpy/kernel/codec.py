@@ -7,6 +7,7 @@ pyroute2 takes longer than all the rest of a node's start (docs/design/0003).
 """
 
 import struct
+import sys
 from typing import NamedTuple
 
 from flannelpy.model.address import Address, Mac, Prefix
@@ -80,14 +81,28 @@ def attr_u32(kind: int, value: int) -> bytes:
 def attributes(data: bytes, offset: int) -> dict[int, bytes]:
     """Kind -> payload of the attributes from `offset` on; cut off where they are malformed."""
     found: dict[int, bytes] = {}
-    end = len(data)
-    while offset + 4 <= end:
-        length, kind = _ATTR.unpack_from(data, offset)
-        if length < 4 or offset + length > end:
+    last = len(data) - 4
+    unpack = _ATTR.unpack_from
+    while offset <= last:
+        length, kind = unpack(data, offset)
+        end = offset + length
+        if length < 4 or end > last + 4:
             break
-        found[kind & 0x3FFF] = data[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
+        found[kind & 0x3FFF] = data[offset + 4 : end]  # without NLA_F_NESTED
+        offset = (end + 3) & ~3
     return found
+
+
+def attribute_u32(data: bytes, offset: int, wanted: int) -> int:
+    """The first attribute of one kind as a number, 0 if there is none: cheaper than reading them all."""
+    last = len(data) - 8
+    unpack = _ATTR.unpack_from
+    while offset <= last:
+        length, kind = unpack(data, offset)
+        if kind == wanted and length == 8:
+            return int(_U32.unpack_from(data, offset + 4)[0])
+        offset += max(4, (length + 3) & ~3)
+    return 0
 
 
 def header(length: int, kind: int, flags: int, sequence: int) -> bytes:
@@ -421,7 +436,9 @@ def read_route(body: bytes) -> RouteInfo | None:
         return None
     found = attributes(body, 12)
     width = 4 if kind == AF_INET else 16
-    extra = b"".join(attr(k, found[k]) for k in sorted(found.keys() - _PLAIN_ROUTE_ATTRS))
+    extra = b""
+    if not found.keys() <= _PLAIN_ROUTE_ATTRS:
+        extra = b"".join(attr(k, found[k]) for k in sorted(found.keys() - _PLAIN_ROUTE_ATTRS))
     if tos or scope != RT_SCOPE_UNIVERSE or type_ != RTN_UNICAST:
         extra += bytes((tos, scope, type_))
     return RouteInfo(
@@ -473,7 +490,4 @@ def read_error(body: bytes) -> tuple[int, str]:
 
 
 def _number(payload: bytes | None) -> int:
-    return int.from_bytes(payload, "little" if _LITTLE else "big") if payload else 0
-
-
-_LITTLE = struct.pack("=H", 1) == b"\x01\x00"
+    return int.from_bytes(payload, sys.byteorder) if payload else 0

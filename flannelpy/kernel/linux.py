@@ -8,7 +8,7 @@ routes for good, while plain routes come back with the carrier.
 """
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from flannelpy.errors import KernelError
@@ -180,24 +180,28 @@ class LinuxKernel:
         """On other devices: routes with our mark inside our networks and, at start, a flannel's."""
         found = [
             route
-            for route in self._main_routes(protocol=ROUTE_PROTOCOL)
-            if route.ifindex not in ours and any(net.contains(route.destination) for net in scope.networks)
+            for route in self._main_routes(protocol=ROUTE_PROTOCOL, skip=ours)
+            if any(net.contains(route.destination) for net in scope.networks)
         ]
         if scope.takeover:
             found += [
                 route
-                for route in self._main_routes(protocol=PROTOCOL_BOOT)
-                if route.ifindex not in ours
-                and route.gateway is not None
+                for route in self._main_routes(protocol=PROTOCOL_BOOT, skip=ours)
+                if route.gateway is not None
                 and route.destination.length in scope.takeover_lengths
                 and any(net.contains(route.destination) for net in scope.takeover)
             ]
         return found
 
-    def _main_routes(self, *, index: int = 0, protocol: int = 0) -> list[RouteInfo]:
+    def _main_routes(
+        self, *, index: int = 0, protocol: int = 0, skip: Collection[int] = ()
+    ) -> list[RouteInfo]:
+        """The main table, by device, by protocol, and without the routes on some devices."""
         found = []
         for family in (codec.AF_INET, codec.AF_INET6):
             for body in self._netlink.dump(codec.route_dump(family, index=index, protocol=protocol)):
+                if skip and codec.attribute_u32(body, 12, codec.RTA_OIF) in skip:
+                    continue
                 route = codec.read_route(body)
                 if route is None or route.table != codec.RT_TABLE_MAIN:
                     continue

@@ -6,7 +6,7 @@ else is refused with a reason; a refused lease never disturbs a good one.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 from flannelpy.model.address import Address, Prefix, format_address, is_unicast
@@ -78,18 +78,23 @@ class Peers:
         """How many peers have objects in the desired state."""
         return len(self._items)
 
-    def _change(self, gone: Iterable[str], put: Iterable[Lease]) -> Change:
-        touched = State()
-        clashed = self._clashes > 0
+    def _change(self, gone: list[str], put: list[Lease]) -> Change:
+        before = len(self.leases)
         for key in gone:
             del self.leases[key]
-            touched.add(self._take_out(key))
         for lease in put:
-            touched.add(self._take_out(lease.key))
             self.leases[lease.key] = lease
-            touched.add(self._take_in(lease))
-        if clashed or self._clashes:
-            # Who gives way to whom depends on all of them.
+        # Most of them changed, or who gives way to whom depends on all of them: judge all.
+        full = len(gone) + len(put) > before // 2 or self._clashes > 0
+        touched = State()
+        if not full:
+            for key in gone:
+                touched.add(self._take_out(key))
+            for lease in put:
+                touched.add(self._take_out(lease.key))
+                touched.add(self._take_in(lease))
+            full = self._clashes > 0
+        if full:
             self._rebuild()
             return Change(State(), full=True)
         return Change(touched, full=False)
@@ -107,14 +112,14 @@ class Peers:
 
     def _take_in(self, lease: Lease) -> tuple[Item, ...]:
         """Judge one lease; its objects, now part of the state."""
-        spans = [(subnet.bits, subnet.first, subnet.last) for subnet in lease.subnets()]
+        spans = _spans(lease)
         items: tuple[Item, ...] = ()
         reason = self._unusable(lease, spans)
         if reason is None:
             reason = self._taken.clash(lease, spans)
             if reason is None:
                 items, reason = self._needs(lease)
-                clash = self._occupied(items)
+                clash = self._add(items)
                 if clash is not None:
                     items, reason = (), clash
                     self._clashes += 1
@@ -123,7 +128,6 @@ class Peers:
         if items:
             self._items[lease.key] = items
             self._taken.add(lease.key, spans)
-            self._add(items)
         if reason is not None:
             self.refused[lease.key] = reason
         return items
@@ -145,19 +149,21 @@ class Peers:
             self.state.discard(item)
         return freed
 
-    def _add(self, items: Iterable[Item]) -> None:
-        for item in items:
-            if item.key in self.state.table(item):
-                self._shared[item] = self._shared.get(item, 1) + 1
-            else:
-                self.state.add((item,))
+    def _add(self, items: tuple[Item, ...]) -> str | None:
+        """Make them part of the state; or the reason why they cannot be, and nothing is changed.
 
-    def _occupied(self, items: Iterable[Item]) -> str | None:
-        """Two peers with one VTEP MAC would need one FDB entry for two destinations."""
-        for item in items:
-            found = self.state.table(item).get(item.key)
-            if found is not None and found != item:
-                return f"an earlier lease needs the same {found}"
+        Two peers with one VTEP MAC would need one FDB entry for two destinations.
+        """
+        slots = [(self.state.table(item), item.key) for item in items]
+        found = [table.get(key) for table, key in slots]
+        for other, item in zip(found, items, strict=True):
+            if other is not None and other != item:
+                return f"an earlier lease needs the same {other}"
+        for other, item, (table, key) in zip(found, items, slots, strict=True):
+            if other is None:
+                table[key] = item
+            else:
+                self._shared[item] = self._shared.get(item, 1) + 1
         return None
 
     def _unusable(self, lease: Lease, spans: list[Span]) -> str | None:
@@ -193,6 +199,10 @@ class Peers:
         return None
 
 
+def _spans(lease: Lease) -> list[Span]:
+    return [(subnet.bits, subnet.first, subnet.last) for subnet in lease.subnets()]
+
+
 class _Taken:
     """The address ranges of the programmed subnets, per family. They are disjoint: one order serves all."""
 
@@ -201,7 +211,7 @@ class _Taken:
         self._ranges: dict[int, list[tuple[int, int, str]]] = {32: [], 128: []}
         """Bits -> sorted (first, last, key)."""
         self._by_key: dict[str, list[Span]] = {}
-        self.add(own.key, [(subnet.bits, subnet.first, subnet.last) for subnet in own.subnets()])
+        self.add(own.key, _spans(own))
 
     def add(self, key: str, spans: list[Span]) -> None:
         self._by_key[key] = spans

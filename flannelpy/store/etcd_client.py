@@ -13,7 +13,7 @@ from flannelpy.errors import StoreError
 from flannelpy.store import etcd_pb2 as pb
 from flannelpy.store.etcd_connection import CallError, Connection, Member, call_errors
 from flannelpy.store.etcd_endpoint import Tls
-from flannelpy.store.etcd_reason import bounded, call_reason
+from flannelpy.store.etcd_reason import call_reason
 
 Reply = TypeVar("Reply", bound=Message)
 _Metadata = tuple[tuple[str, str], ...]
@@ -81,7 +81,7 @@ class EtcdClient:
         credentials: tuple[str, str] | None = None,
         *,
         call_timeout: float = 5.0,
-        connect_timeout: float = 5.0,
+        connect_timeout: float = 4.0,
     ) -> None:
         self._connection = Connection(endpoints, tls, connect_timeout)
         self._credentials = credentials
@@ -167,7 +167,7 @@ class EtcdClient:
                 if response.canceled and not response.compact_revision:
                     # Up to 3.4 a stale token is called "permission denied" here: try with a new one next.
                     self._token = None
-                    reason = bounded(response.cancel_reason)
+                    reason = call_reason("CANCELLED", response.cancel_reason, 0)
                     raise self._error(member, f"the watch is refused: {reason}")
                 yield response
                 with call_errors():

@@ -8,6 +8,7 @@ accepts connections and stays silent cannot win. A member that fails a call is l
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,6 +20,9 @@ from flannelpy.errors import SettingsError, StoreError
 from flannelpy.store.etcd_endpoint import Endpoint, Tls, parse_endpoint, read_pem, system_roots
 from flannelpy.store.etcd_reason import connect_reason
 
+# gRPC's own lines on stderr (a rejected certificate, say) repeat in its words what our errors say.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 _OPTIONS = (
     # Below 5 s etcd answers GOAWAY "too_many_pings". A hung server is noticed after 15 s, but only with the
     # ping timeout: with keepalive_timeout alone grpcio 1.85 never gives up.
@@ -29,8 +33,8 @@ _OPTIONS = (
     # 20,000 leases are more than the default of 4 MiB.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # Not min_reconnect_backoff_ms: in spite of its name it limits how long TCP, TLS and HTTP/2 may take.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # The network's own store must not be looked for behind a web proxy that the environment happens to name.
     ("grpc.enable_http_proxy", 0),

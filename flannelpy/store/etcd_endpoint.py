@@ -84,7 +84,7 @@ def _address(rest: str, text: str) -> tuple[str, str]:
     port = _port(port_text if colon else str(DEFAULT_PORT), text)
     if _is_literal(socket.AF_INET, host):
         return f"{host}:{port}", f"ipv4:{host}:{port}"
-    if not host or not host.isascii() or not all(c.isalnum() or c in "-._" for c in host):
+    if not 0 < len(host) <= 253 or not host.isascii() or not all(c.isalnum() or c in "-._" for c in host):
         raise _unusable(text)
     return f"{host}:{port}", f"dns:{host}:{port}"
 

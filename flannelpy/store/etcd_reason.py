@@ -6,6 +6,7 @@ gRPC packs a chain of wrappers, addresses and source lines into one string; a us
 import re
 
 _MAX = 160
+_WRAPPERS = re.compile(r"^(rpc error: code = \w+ desc = )?((etcdserver|mvcc|auth): )?")
 
 # (pattern in the text, what a user reads); the first match counts. `{ca}` is the CA file that decides.
 _CONNECT = (
@@ -26,7 +27,7 @@ _CONNECT = (
     ("CERTIFICATE_REQUIRED", "it wants a client certificate (give --etcd-certfile and --etcd-keyfile)"),
     ("ALERT_BAD_CERTIFICATE", "it refuses our client certificate (check --etcd-certfile)"),
     ("ALERT_UNKNOWN_CA", "it refuses our client certificate (check --etcd-certfile)"),
-    ("Handshake", "the TLS handshake failed (does it speak TLS, and trust our certificate?)"),
+    ("Handshake", "the TLS handshake failed (does it speak TLS? if not, use http://)"),
 )
 _CLOSED = (
     "Socket closed",
@@ -37,7 +38,11 @@ _CLOSED = (
     "recvmsg",
     "Connection closed",
 )
-_HINTS = {False: " (does it want https:// ?)", True: " (does it want a client certificate?)"}
+_CLOSED_TLS = "TSI_DATA_CORRUPTED"
+_HINTS = {
+    False: " (does it want https:// ?)",
+    True: " (does it want a client certificate, or another one? check --etcd-certfile)",
+}
 
 
 def connect_reason(details: str, ca: str, *, secure: bool) -> str:
@@ -45,7 +50,7 @@ def connect_reason(details: str, ca: str, *, secure: bool) -> str:
     for pattern, reason in _CONNECT:
         if pattern.lower() in details.lower():
             return reason.format(ca=ca)
-    if any(pattern in details for pattern in _CLOSED):
+    if any(pattern in details for pattern in (*_CLOSED, _CLOSED_TLS)):
         return f"it closes the connection{_HINTS[secure]}"
     return bounded(details.rpartition("last error: ")[2])
 
@@ -58,7 +63,7 @@ def call_reason(code: str, details: str, timeout: float) -> str:
         return "it stopped answering"
     if any(pattern in details for pattern in _CLOSED):
         return "connection lost"
-    return bounded(re.sub(r"^(etcdserver|mvcc|auth): ", "", details) or code.lower().replace("_", " "))
+    return bounded(_WRAPPERS.sub("", details) or code.lower().replace("_", " "))
 
 
 def bounded(text: str) -> str:

@@ -18,6 +18,8 @@ class Proxy:
         """Connections made before this generation lose what goes up to etcd, down to the client."""
         self._swallow = False
         self.port = 0
+        self.delay = 0.0
+        """Seconds between accepting a connection and carrying its first byte."""
 
     @property
     def endpoint(self) -> str:
@@ -74,6 +76,7 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         generation = self._generation
+        await asyncio.sleep(self.delay)
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._target)
         self._writers += [writer, up_writer]
         await asyncio.gather(

@@ -330,6 +330,23 @@ def test_etcd_restarts_under_the_watch(start_etcd: Start, *, forget: bool) -> No
     asyncio.run(scenario())
 
 
+def test_what_etcd_says_by_itself_moves_the_resume_point(start_etcd: Start) -> None:
+    """A network where nothing changes does not fall behind the compaction of a busy etcd."""
+    etcd = start_etcd(flags=["--experimental-watch-progress-notify-interval=100ms"])
+
+    async def scenario() -> None:
+        async with lab(etcd.endpoint) as etcd_lab, aclosing(etcd_lab.node().watch()) as source:
+            updates = Updates(source)
+            await updates.until(lambda u: len(u.seen) > 1)
+            start = updates.seen[-1].revision
+            for _ in range(5):
+                await etcd_lab.set_config("{}")
+            await updates.until(lambda u: u.seen[-1].revision == start + 5)
+            assert all(update == Delta((), (), update.revision) for update in updates.seen[1:])
+
+    asyncio.run(scenario())
+
+
 def test_a_hung_server_is_noticed(start_etcd: Start) -> None:
     etcd = start_etcd()
 
@@ -405,7 +422,7 @@ def test_a_write_of_unknown_outcome_is_read_back(
 def test_a_renewal_whose_answer_got_lost_is_recognised_later(shared_etcd: EtcdProcess, prefix: str) -> None:
     async def scenario() -> None:
         async with Proxy(shared_etcd.port) as proxy:
-            client = _Interrupted([proxy.endpoint], call_timeout=1.0)
+            client = _Interrupted([proxy.endpoint], call_timeout=1.0, connect_timeout=1.0)
             client.interrupt(lambda: None)
             node = EtcdStore(client, prefix)
             own = await node.acquire(V4, offer(1), NOTHING)

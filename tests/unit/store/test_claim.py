@@ -1,0 +1,84 @@
+"""Which record a node claims: whose lease is ours, and which one is in the way."""
+
+from random import Random
+
+import pytest
+
+from flannelpy.model.address import parse_v4, parse_v6
+from flannelpy.model.config import parse_config
+from flannelpy.model.lease import LeaseAttrs
+from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
+from flannelpy.store.claim import Create, MakeRoom, TakeOver, decide, has_rival, is_same_node
+from flannelpy.store.etcd_codec import Listing, Record, read_listing
+
+SMALL = parse_config('{"Network":"10.5.0.0/22","SubnetMin":"10.5.1.0","SubnetMax":"10.5.2.0"}')
+
+
+def node(v4: str = "", v6: str = "") -> LeaseAttrs:
+    return LeaseAttrs(parse_v4(v4) if v4 else None, parse_v6(v6) if v6 else None, "vxlan")
+
+
+ME, OTHER = node("192.0.2.1"), node("192.0.2.2")
+
+
+def listing(**records: LeaseAttrs) -> Listing:
+    """`_10_5_1_0_24=attrs` for the key 10.5.1.0-24."""
+    values = []
+    for revision, (name, attrs) in enumerate(records.items(), start=1):
+        *address, length = name.strip("_").split("_")
+        key = f"{'.'.join(address)}-{length}"
+        values.append(Record(key, encode_attrs(attrs).encode(), revision, revision, revision))
+    return read_listing(values, 100)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "same"),
+    [
+        (node("192.0.2.1"), node("192.0.2.1"), True),
+        (node("192.0.2.1", "fd00::1"), node("192.0.2.2", "fd00::1"), False),
+        (node("192.0.2.1", "fd00::9"), node("192.0.2.1", "fd00::1"), True),
+        (node("", "fd00::1"), node("", "fd00::1"), True),
+        (node("", "fd00::1"), node("", "fd00::2"), False),
+        (node("", "fd00::1"), node("192.0.2.1", "fd00::1"), True),
+        (node("192.0.2.1", "fd00::1"), node("", "fd00::1"), True),
+        (node("", ""), node("", ""), False),
+        (node("192.0.2.1"), node("", "fd00::1"), False),
+    ],
+)
+def test_a_node_is_its_public_ip(theirs: LeaseAttrs, ours: LeaseAttrs, *, same: bool) -> None:
+    assert is_same_node(theirs, ours) is same
+
+
+def test_decisions() -> None:
+    def choice(table: Listing) -> TakeOver | Create | MakeRoom:
+        return decide(SMALL, table, ME, Previous(), [], Random(1))
+
+    found = choice(listing(_10_5_1_0_24=OTHER, _10_5_2_0_24=ME))
+    assert isinstance(found, TakeOver)
+    assert found.lease.key == "10.5.2.0-24"
+    made = choice(listing(_10_5_1_0_24=OTHER, _10_9_2_0_24=ME))
+    assert isinstance(made, Create)
+    assert made.key == "10.5.2.0-24"
+    room = choice(listing(_10_5_1_0_24=OTHER, _10_5_2_0_25=ME))
+    assert isinstance(room, MakeRoom)
+    assert [lease.key for lease in room.leases] == ["10.5.2.0-25"]
+    with pytest.raises(PoolFull):
+        choice(listing(_10_5_1_0_24=OTHER, _10_5_2_0_24=OTHER))
+
+
+def test_refused_subnets_are_not_tried_again() -> None:
+    first = decide(SMALL, listing(), ME, Previous(), [], Random(1))
+    assert isinstance(first, Create)
+    second = decide(SMALL, listing(), ME, Previous(), [(first.subnet, None)], Random(1))
+    assert isinstance(second, Create)
+    assert second.subnet != first.subnet
+    with pytest.raises(PoolFull):
+        decide(SMALL, listing(), ME, Previous(), [(first.subnet, None), (second.subnet, None)], Random(1))
+
+
+def test_the_older_of_two_that_overlap_wins() -> None:
+    table = listing(_10_5_1_0_24=OTHER, _10_5_1_128_25=ME, _10_5_2_0_24=OTHER)
+    older, younger, apart = table.leases.values()
+    assert has_rival(table, younger)
+    assert not has_rival(table, older)
+    assert not has_rival(table, apart)
