@@ -93,11 +93,14 @@ make_venv() {
     rm -f $stamp # an interrupted installation must not look like a whole one
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     $venv/bin/pip install --quiet --require-hashes -r requirements/dev.lock
-    $venv/bin/pip install --quiet --no-deps --no-build-isolation -e .
+    # compat: a path instead of an import hook, which every start of the daemon would pay for.
+    $venv/bin/pip install --quiet --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
     printf '%s\n%s\n' "$with" "$from" >$stamp
 }
 
 install_packages
 check_python
 make_venv
+# An installed package comes compiled; so shall this one, even where PYTHONDONTWRITEBYTECODE is set.
+$venv/bin/python -m compileall -q flannelpy backends
 say "ready: $venv/bin/flannelpy --help"

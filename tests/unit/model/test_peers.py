@@ -59,6 +59,7 @@ def test_a_bad_lease_is_refused_with_its_reason_and_harms_no_good_one(bad: Lease
 def test_an_earlier_lease_wins_an_overlap_whatever_the_order_of_arrival() -> None:
     early = lease("10.5.2.0/24", "192.0.2.2", mac="02:00:00:00:00:02", created=1)
     late = lease("10.5.2.128/25", "192.0.2.3", mac="02:00:00:00:00:03", created=2)
+    found = peers()
     for order in ((early, late), (late, early)):
         found = peers()
         found.update(snapshot())
