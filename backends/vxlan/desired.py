@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from flannelpy.backend import Facts, PeerItems
@@ -73,7 +74,7 @@ class VxlanBackend:
         """Our public IPs, VNI and MACs; a MAC stays the same over restarts and reboots."""
         warnings: list[str] = []
         data: dict[str, Any] = {}
-        taken = {mac for lease in others for mac in _macs(lease)}
+        taken = _macs(others)
         for half in self._halves:
             mac = self._choose_mac(half, facts, remembered, taken, warnings)
             taken.add(mac)
@@ -209,10 +210,16 @@ def _hashed_mac(host_id: str, public_ip: Address, vni: int, family: str, counter
     return bytes([digest[0] & 0xFE | 0x02]) + digest[1:6]
 
 
-def _macs(lease: Lease) -> list[Mac]:
-    """The VTEP MACs in somebody's lease, whatever its VNI."""
-    found = (_read_data(data, None)[0] for data in (lease.attrs.backend_data, lease.attrs.backend_v6_data))
-    return [mac for mac in found if mac is not None]
+def _macs(leases: Sequence[Lease]) -> set[Mac]:
+    """The VTEP MACs in other nodes' leases, whatever their VNI."""
+    found = set()
+    for lease in leases:
+        for data in (lease.attrs.backend_data, lease.attrs.backend_v6_data):
+            text = data.get("VtepMAC") if isinstance(data, dict) else None
+            if isinstance(text, str):
+                with suppress(ValueError):
+                    found.add(parse_mac(text))
+    return found
 
 
 def _read_data(data: Any, vni: int | None) -> tuple[Mac | None, str]:

@@ -58,6 +58,12 @@ _NDMSG = struct.Struct("=BxxxiHBB")
 _NHMSG = struct.Struct("=BBBxI")
 _U32 = struct.Struct("=I")
 
+# The four messages that there are thousands of, each in one piece, by the width of the address.
+_NEIGHBOUR = {width: struct.Struct(f"=BxxxiHBBHH{width}sHH6sxx") for width in (4, 16)}
+_FDB = {width: struct.Struct(f"=BxxxiHBBHH6sxxHH{width}s") for width in (4, 16)}
+_ROUTE = {width: struct.Struct(f"=BBBBBBBBIHH{width}sHHIHHI") for width in (4, 16)}
+_NEXTHOP = {width: struct.Struct(f"=BBBxIHHIHHIHH{width}s") for width in (4, 16)}
+
 
 class Message(NamedTuple):
     """A request without its header: type, NLM_F_* beyond REQUEST and ACK, and the rest."""
@@ -210,10 +216,12 @@ def neighbour_dump(index: int, kind: int) -> Message:
 
 def neighbour_put(index: int, address: Address, mac: Mac) -> Message:
     """`ip neigh replace ... nud permanent`; permanent ones do not count against gc_thresh."""
-    body = _NDMSG.pack(family(address), index, NUD_PERMANENT, 0, RTN_UNICAST)
-    return Message(
-        RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body + attr(NDA_DST, address) + attr(NDA_LLADDR, mac)
+    width = len(address)
+    body = _NEIGHBOUR[width].pack(
+        *(family(address), index, NUD_PERMANENT, 0, RTN_UNICAST),
+        *(4 + width, NDA_DST, address, 10, NDA_LLADDR, mac),
     )
+    return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body)
 
 
 def neighbour_delete(index: int, address: Address) -> Message:
@@ -223,10 +231,12 @@ def neighbour_delete(index: int, address: Address) -> Message:
 
 def fdb_put(index: int, mac: Mac, remote: Address) -> Message:
     """`bridge fdb replace MAC dev ... dst REMOTE self permanent`."""
-    body = _NDMSG.pack(AF_BRIDGE, index, NUD_PERMANENT, NTF_SELF, 0)
-    return Message(
-        RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body + attr(NDA_LLADDR, mac) + attr(NDA_DST, remote)
+    width = len(remote)
+    body = _FDB[width].pack(
+        *(AF_BRIDGE, index, NUD_PERMANENT, NTF_SELF, 0),
+        *(10, NDA_LLADDR, mac, 4 + width, NDA_DST, remote),
     )
+    return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body)
 
 
 def fdb_delete(index: int, mac: Mac, remote: Address | None) -> Message:
@@ -248,29 +258,29 @@ def route_get(address: Address) -> Message:
     return Message(RTM_GETROUTE, 0, body + attr(RTA_DST, address))
 
 
-def route_put(
-    destination: Prefix,
-    protocol: int,
-    metric: int,
-    *,
-    nexthop: int = 0,
-    index: int = 0,
-    gateway: Address | None = None,
-    onlink: bool = False,
+def route_put(destination: Prefix, protocol: int, metric: int, nexthop: int) -> Message:
+    """A unicast route of the main table through a nexthop object."""
+    address, length = destination
+    width = len(address)
+    body = _ROUTE[width].pack(
+        *(family(address), length, 0, 0, RT_TABLE_MAIN, protocol, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0),
+        *(4 + width, RTA_DST, address, 8, RTA_PRIORITY, metric, 8, RTA_NH_ID, nexthop),
+    )
+    return Message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
+
+
+def plain_route_put(
+    destination: Prefix, protocol: int, metric: int, index: int, gateway: Address | None, onlink: bool
 ) -> Message:
-    """A unicast route of the main table through a nexthop object, or through a device (and gateway)."""
-    kind = family(destination.address)
-    scope = RT_SCOPE_UNIVERSE
-    flags = RTNH_F_ONLINK if onlink and not nexthop else 0
+    """A unicast route of the main table through a device, and a gateway if there is one."""
+    address, length = destination
     body = _RTMSG.pack(
-        kind, destination.length, 0, 0, RT_TABLE_MAIN, protocol, scope, RTN_UNICAST, flags
-    ) + attr(RTA_DST, destination.address)
-    if metric:
-        body += attr_u32(RTA_PRIORITY, metric)
-    if nexthop:
-        body += attr_u32(RTA_NH_ID, nexthop)
-    else:
-        body += attr_u32(RTA_OIF, index) + (attr(RTA_GATEWAY, gateway) if gateway is not None else b"")
+        *(family(address), length, 0, 0, RT_TABLE_MAIN, protocol, RT_SCOPE_UNIVERSE, RTN_UNICAST),
+        RTNH_F_ONLINK if onlink else 0,
+    )
+    body += attr(RTA_DST, address) + attr_u32(RTA_PRIORITY, metric) + attr_u32(RTA_OIF, index)
+    if gateway is not None:
+        body += attr(RTA_GATEWAY, gateway)
     return Message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
 
 
@@ -289,8 +299,11 @@ def nexthop_dump() -> Message:
 
 def nexthop_put(number: int, index: int, gateway: Address, protocol: int) -> Message:
     """A nexthop object: a gateway that counts as on-link on a device."""
-    body = _NHMSG.pack(family(gateway), 0, protocol, RTNH_F_ONLINK)
-    body += attr_u32(NHA_ID, number) + attr_u32(NHA_OIF, index) + attr(NHA_GATEWAY, gateway)
+    width = len(gateway)
+    body = _NEXTHOP[width].pack(
+        *(family(gateway), 0, protocol, RTNH_F_ONLINK),
+        *(8, NHA_ID, number, 8, NHA_OIF, index, 4 + width, NHA_GATEWAY, gateway),
+    )
     return Message(RTM_NEWNEXTHOP, NLM_F_CREATE | NLM_F_EXCL, body)
 
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from flannelpy.errors import KernelError
 from flannelpy.kernel import codec, sysctl
-from flannelpy.kernel.codec import LinkInfo, Message, NexthopInfo, RouteInfo
+from flannelpy.kernel.codec import LinkInfo, Message, RouteInfo
 from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
+from flannelpy.kernel.nexthop import Nexthops
 from flannelpy.model.address import Address, Prefix, is_link_local
 from flannelpy.model.kernel import (
     PROTOCOL_BOOT,
@@ -22,7 +23,6 @@ from flannelpy.model.kernel import (
     ROUTE_PROTOCOL,
     DeviceAddress,
     FdbEntry,
-    Item,
     Link,
     Neighbour,
     Route,
@@ -52,13 +52,7 @@ class LinuxKernel:
     def __init__(self) -> None:
         self._netlink = NetlinkSocket()
         self._links: dict[str, LinkInfo] = {}
-        self._nexthops: dict[tuple[int, Address], int] = {}
-        """(device index, gateway) -> id of our nexthop object."""
-        self._nexthop_ids: set[int] = set()
-        """Every id in use, ours or not."""
-        self._unreferenced: set[tuple[int, Address]] = set()
-        """Nexthop objects of ours that no route used when we last looked."""
-        self._next_id = 0
+        self._nexthops = Nexthops()
         self._use_nexthops = True
 
     def close(self) -> None:
@@ -142,19 +136,15 @@ class LinuxKernel:
             return state
         for index, name in ours.items():
             self._observe_device(state, index, name)
-        nexthops = self._read_nexthops()
-        used = set()
+        self._read_nexthops(ours)
         for index in ours:
             for route in self._main_routes(index=index):
-                used.add(route.nexthop)
+                if route.nexthop:
+                    self._nexthops.use((route.destination, route.metric), route.nexthop)
                 if route.protocol != PROTOCOL_KERNEL and not _is_kernels_own(route.destination):
-                    state.add([_route(route, names, nexthops)])
+                    state.add([self._route(route, names)])
         for route in self._routes_elsewhere(scope, ours):
-            state.add([_route(route, names, nexthops)])
-        # Left by a crash between the two halves of a put.
-        self._unreferenced = {
-            key for key, number in self._nexthops.items() if key[0] in ours and number not in used
-        }
+            state.add([self._route(route, names)])
         return state
 
     def _observe_device(self, state: State, index: int, name: str) -> None:
@@ -214,25 +204,25 @@ class LinuxKernel:
         self._links = {link.name: link for link in found}
         return self._links
 
-    def _read_nexthops(self) -> dict[int, NexthopInfo]:
-        """All nexthop objects by id; remembers which are ours."""
+    def _read_nexthops(self, devices: Iterable[int]) -> None:
         if not self._use_nexthops:
-            return {}
+            return
         try:
             bodies = self._netlink.dump(codec.nexthop_dump())
         except NetlinkError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             self._use_nexthops = False  # Linux < 5.3
-            return {}
-        found = {info.number: info for info in map(codec.read_nexthop, bodies)}
-        self._nexthop_ids = set(found)
-        self._nexthops = {
-            (info.ifindex, info.gateway): info.number
-            for info in found.values()
-            if info.protocol == ROUTE_PROTOCOL and info.gateway is not None and info.onlink
-        }
-        return found
+            return
+        self._nexthops.load(map(codec.read_nexthop, bodies), devices)
+
+    def _route(self, info: RouteInfo, names: dict[int, str]) -> Route:
+        gateway, onlink = info.gateway, info.onlink
+        through = self._nexthops.by_number.get(info.nexthop)
+        if through is not None:
+            gateway, onlink = through.gateway, through.onlink
+        device = names.get(info.ifindex, "")
+        return Route(info.destination, device, gateway, onlink, info.protocol, info.metric, info.extra)
 
     # --- apply -------------------------------------------------------------------------------------------
 
@@ -253,101 +243,61 @@ class LinuxKernel:
         """Everything but links: one batch, errors attributed to their operation by sequence number."""
         messages: list[Message] = []
         owners: list[Op] = []
-        failures = []
+        failures: dict[int, Failure] = {}
         for op in ops:
             try:
                 encoded = self._encode(op)
             except NetlinkError as error:
-                failures.append(Failure(op, error))
+                failures[id(op)] = Failure(op, error)
                 continue
             messages += encoded
             owners += [op] * len(encoded)
-        worst: dict[int, Failure] = {}
         for position, refusal in self._netlink.batch(messages).items():
             op = owners[position]
             if not (isinstance(op, Remove) and refusal.errno in _GONE):
-                worst.setdefault(id(op), Failure(op, refusal))
-        failures += worst.values()
-        self._drop_unused_nexthops(ops, worst)
-        return failures
+                failures.setdefault(id(op), Failure(op, refusal))
+        for failure in failures.values():
+            self._nexthops.use(failure.op.item.key, 0) if isinstance(failure.op.item, Route) else None
+        self._netlink.batch([codec.nexthop_delete(number) for number in self._nexthops.unused()])
+        return list(failures.values())
 
     def _encode(self, op: Op) -> list[Message]:
         item = op.item
         put = isinstance(op, Put)
-        index = self._index(item.device) if not isinstance(item, Link) else 0
         match item:
-            case DeviceAddress(prefix=prefix):
-                return [codec.address_put(index, prefix) if put else codec.address_delete(index, prefix)]
-            case Neighbour(address=address, mac=mac):
-                return [
-                    codec.neighbour_put(index, address, mac)
-                    if put
-                    else codec.neighbour_delete(index, address)
-                ]
             case FdbEntry():
-                return _fdb_messages(op, item, index)
+                return _fdb_messages(op, item, self._index(item.device))
+            case Neighbour(device=device, address=address, mac=mac):
+                index = self._index(device)
+                if put:
+                    return [codec.neighbour_put(index, address, mac)]
+                return [codec.neighbour_delete(index, address)]
             case Route():
-                return self._route_messages(op, item, index)
+                return self._route_messages(item) if put else self._route_removal(item)
+            case DeviceAddress(device=device, prefix=prefix):
+                index = self._index(device)
+                return [codec.address_put(index, prefix) if put else codec.address_delete(index, prefix)]
             case Link():
                 raise TypeError("links are not applied in bulk")
 
-    def _route_messages(self, op: Op, route: Route, index: int) -> list[Message]:
-        if isinstance(op, Remove):
-            return [codec.route_delete(route.destination, route.metric, route.protocol)]
-        if route.gateway is None or not route.onlink or not self._use_nexthops:
+    def _route_messages(self, route: Route) -> list[Message]:
+        index = self._index(route.device)
+        destination, gateway = route.destination, route.gateway
+        if gateway is None or not route.onlink or not self._use_nexthops:
+            self._nexthops.use(route.key, 0)
             return [
-                codec.route_put(
-                    route.destination,
-                    route.protocol,
-                    route.metric,
-                    index=index,
-                    gateway=route.gateway,
-                    onlink=route.onlink,
-                )
+                codec.plain_route_put(destination, route.protocol, route.metric, index, gateway, route.onlink)
             ]
-        messages = []
-        number = self._nexthops.get((index, route.gateway))
-        if number is None:
-            number = self._free_nexthop_id()
-            self._nexthops[index, route.gateway] = number
-            messages.append(codec.nexthop_put(number, index, route.gateway, ROUTE_PROTOCOL))
-        messages.append(codec.route_put(route.destination, route.protocol, route.metric, nexthop=number))
-        return messages
+        number, new = self._nexthops.number_for((index, gateway))
+        self._nexthops.use(route.key, number)
+        message = codec.route_put(destination, route.protocol, route.metric, number)
+        if new:
+            return [codec.nexthop_put(number, index, gateway, ROUTE_PROTOCOL), message]
+        return [message]
 
-    def _free_nexthop_id(self) -> int:
-        self._next_id += 1
-        while self._next_id in self._nexthop_ids:
-            self._next_id += 1
-        self._nexthop_ids.add(self._next_id)
-        return self._next_id
-
-    def _drop_unused_nexthops(self, ops: Sequence[Op], failed: Iterable[int]) -> None:
-        """Nexthop objects whose last route went, or whose route could not be made."""
-        failed = set(failed)
-        unused, self._unreferenced = self._unreferenced, set()
-        used = set()
-        for op in ops:
-            done = id(op) not in failed
-            if isinstance(op, Put) and done:
-                used.add(self._nexthop_key(op.item))
-                unused.add(self._nexthop_key(op.was))
-            else:
-                unused.add(self._nexthop_key(op.item))
-        keys = [key for key in unused - used if key in self._nexthops]
-        numbers = [self._nexthops.pop(key) for key in keys]
-        self._nexthop_ids.difference_update(numbers)
-        self._netlink.batch([codec.nexthop_delete(number) for number in numbers])
-
-    def _nexthop_key(self, item: Item | None) -> tuple[int, Address]:
-        """(device index, gateway) of a route through a nexthop object; a key that is never used otherwise."""
-        if (
-            isinstance(item, Route)
-            and item.gateway is not None
-            and item.onlink
-            and item.device in self._links
-        ):
-            return self._links[item.device].ifindex, item.gateway
-        return 0, b""
+    def _route_removal(self, route: Route) -> list[Message]:
+        self._nexthops.use(route.key, 0)
+        return [codec.route_delete(route.destination, route.metric, route.protocol)]
 
     # --- links -------------------------------------------------------------------------------------------
 
@@ -403,9 +353,7 @@ class LinuxKernel:
     def _remove_link(self, name: str) -> None:
         index = self._index(name)
         self._netlink.request(codec.link_delete(index))
-        # Its nexthop objects and routes went with it.
-        for key in [key for key in self._nexthops if key[0] == index]:
-            self._nexthop_ids.discard(self._nexthops.pop(key))
+        self._nexthops.forget_device(index)
 
     def _index(self, name: str) -> int:
         link = self._links.get(name)
@@ -432,21 +380,6 @@ def _fdb_messages(op: Op, entry: FdbEntry, index: int) -> list[Message]:
 def _link(info: LinkInfo, names: dict[int, str]) -> Link:
     vxlan = codec.read_vxlan(info.vxlan, names) if info.kind == "vxlan" else None
     return Link(info.name, info.kind, info.mac, info.mtu, info.up, vxlan)
-
-
-def _route(info: RouteInfo, names: dict[int, str], nexthops: dict[int, NexthopInfo]) -> Route:
-    gateway, onlink = info.gateway, info.onlink
-    if info.nexthop in nexthops:
-        gateway, onlink = nexthops[info.nexthop].gateway, nexthops[info.nexthop].onlink
-    return Route(
-        info.destination,
-        names.get(info.ifindex, ""),
-        gateway,
-        onlink,
-        info.protocol,
-        info.metric,
-        info.extra,
-    )
 
 
 def _is_kernels_own(prefix: Prefix) -> bool:

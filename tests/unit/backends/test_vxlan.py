@@ -1,5 +1,7 @@
 """What the vxlan backend tells its peers and asks of the kernel."""
 
+from typing import Any
+
 import pytest
 
 from flannelpy.backends.vxlan import VxlanBackend
@@ -16,8 +18,8 @@ def backend(options: str = "", text: str = DUAL) -> VxlanBackend:
     return VxlanBackend(config(text.replace('"vxlan"', f'"vxlan"{options}')))
 
 
-def device(name: str = "flannel.1", mac: str = "02:aa:00:00:00:01", **vxlan: object) -> Link:
-    found = Vxlan(1, "eth0", parse_v4("192.0.2.1"), 8472)._replace(**vxlan)  # type: ignore[arg-type]
+def device(name: str = "flannel.1", mac: str = "02:aa:00:00:00:01", **vxlan: Any) -> Link:
+    found = Vxlan(1, "eth0", parse_v4("192.0.2.1"), 8472)._replace(**vxlan)
     return Link(name, "vxlan", parse_mac(mac), 1450, True, found)
 
 
@@ -93,6 +95,13 @@ def test_a_mac_of_another_node_is_not_taken_and_said(origin: str) -> None:
     assert "cloned" in warnings[0]
 
 
+@pytest.mark.parametrize("data", [[], {}, 5, "x", {"VtepMAC": []}, {"VtepMAC": {"a": []}}, {"VtepMAC": "zz"}])
+def test_other_nodes_odd_data_does_not_disturb_the_choice_of_a_mac(data: object) -> None:
+    attrs, warnings = backend().attrs(facts(), None, (lease(data=data),))
+    assert mac_of(attrs)
+    assert warnings == ()
+
+
 def own_state(vxlan: VxlanBackend, *links: Link, mtu: int = 1500) -> State:
     known = facts(*links, uplink=uplink(mtu))
     attrs, _ = vxlan.attrs(known, None, ())
@@ -141,7 +150,7 @@ def test_an_existing_device_is_adopted_as_it_is(found: Link) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"uplink": "eth7"}, {"local": parse_v4("192.0.2.99")}, {"gbp": True}])
-def test_an_existing_device_that_differs_is_not(wrong: dict[str, object]) -> None:
+def test_an_existing_device_that_differs_is_not(wrong: dict[str, Any]) -> None:
     found = device(**wrong)
     assert own_state(backend(), found).links["flannel.1"].vxlan != found.vxlan
     assert own_state(backend(), found).links["flannel.1"].mac == found.mac

@@ -1,0 +1,88 @@
+"""Which nexthop objects are ours, what they lead to, and which of them a route still needs."""
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from flannelpy.kernel.codec import NexthopInfo
+from flannelpy.model.address import Address, Prefix
+from flannelpy.model.kernel import ROUTE_PROTOCOL
+
+RouteKey: TypeAlias = tuple[Prefix, int]
+Way: TypeAlias = tuple[int, Address]
+"""(device index, gateway)."""
+
+
+class Nexthops:
+    """The nexthop objects of this host as last read, and as changed by us since.
+
+    The kernel removes a nexthop object's routes with it, so one may only go once no route uses it.
+    """
+
+    def __init__(self) -> None:
+        self.by_number: dict[int, NexthopInfo] = {}
+        self._numbers: dict[Way, int] = {}
+        """Ours only."""
+        self._taken: set[int] = set()
+        """Every number in use, anybody's."""
+        self._used_by: dict[RouteKey, int] = {}
+        self._users: dict[int, int] = {}
+        """Number of ours -> routes that use it; 0 = to be removed."""
+        self._last = 0
+
+    def load(self, found: Iterable[NexthopInfo], devices: Iterable[int]) -> None:
+        """Start afresh from what the kernel has; on `devices` those with our mark are ours."""
+        ours = frozenset(devices)
+        self.by_number = {info.number: info for info in found}
+        self._taken = set(self.by_number)
+        self._numbers = {
+            (info.ifindex, info.gateway): info.number
+            for info in self.by_number.values()
+            if info.protocol == ROUTE_PROTOCOL
+            and info.gateway is not None
+            and info.onlink
+            and info.ifindex in ours
+        }
+        self._used_by = {}
+        # What nothing uses was left by a crash between the two halves of a put.
+        self._users = dict.fromkeys(self._numbers.values(), 0)
+
+    def number_for(self, way: Way) -> tuple[int, bool]:
+        """(the number of our object for a way, whether it has to be made first)."""
+        number = self._numbers.get(way)
+        if number is not None:
+            return number, False
+        self._last += 1
+        while self._last in self._taken:
+            self._last += 1
+        self._numbers[way] = self._last
+        self._taken.add(self._last)
+        self._users[self._last] = 0
+        return self._last, True
+
+    def use(self, route: RouteKey, number: int) -> None:
+        """A route goes through this object now; 0 = through none, or there is no such route any more."""
+        before = self._used_by.pop(route, 0)
+        if before in self._users:
+            self._users[before] -= 1
+        if number:
+            self._used_by[route] = number
+            if number in self._users:
+                self._users[number] += 1
+
+    def unused(self) -> list[int]:
+        """Our objects that no route needs, forgotten here: the caller removes them from the kernel."""
+        numbers = {number for number, users in self._users.items() if users <= 0}
+        if numbers:
+            for way in [way for way, number in self._numbers.items() if number in numbers]:
+                del self._numbers[way]
+            for number in numbers:
+                del self._users[number]
+            self._taken -= numbers
+        return sorted(numbers)
+
+    def forget_device(self, ifindex: int) -> None:
+        """A device went, and its objects with it."""
+        for way in [way for way in self._numbers if way[0] == ifindex]:
+            number = self._numbers.pop(way)
+            self._users.pop(number, None)
+            self._taken.discard(number)
