@@ -7,7 +7,6 @@ pyroute2 takes longer than all the rest of a node's start (docs/design/0003).
 """
 
 import struct
-import sys
 from typing import NamedTuple
 
 from flannelpy.model.address import Address, Mac, Prefix
@@ -51,11 +50,11 @@ NHA_ID, NHA_OIF, NHA_GATEWAY = 1, 5, 6
 
 _HEADER = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
-_IFINFO = struct.Struct("=BxHiII")
-_IFADDR = struct.Struct("=BBBBI")
-_RTMSG = struct.Struct("=BBBBBBBBI")
-_NDMSG = struct.Struct("=BxxxiHBB")
-_NHMSG = struct.Struct("=BBBxI")
+IFINFO = struct.Struct("=BxHiII")
+IFADDR = struct.Struct("=BBBBI")
+RTMSG = struct.Struct("=BBBBBBBBI")
+NDMSG = struct.Struct("=BxxxiHBB")
+NHMSG = struct.Struct("=BBBxI")
 _U32 = struct.Struct("=I")
 
 # The four messages that there are thousands of, each in one piece, by the width of the address.
@@ -139,7 +138,7 @@ def family(address: Address) -> int:
 
 def link_dump(name: str | None = None) -> Message:
     """All links, or (not a dump) the one of that name."""
-    body = _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0)
+    body = IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0)
     return Message(RTM_GETLINK, 0 if name else NLM_F_DUMP, body + (_name(name) if name else b""))
 
 
@@ -155,7 +154,7 @@ def link_create(link: Link, uplink_index: int) -> Message:
         IFLA_INFO_DATA, _vxlan(vxlan, uplink_index)
     )
     body = (
-        _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0)
+        IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0)
         + _name(link.name)
         + attr(IFLA_ADDRESS, link.mac)
         + attr_u32(IFLA_MTU, link.mtu)
@@ -168,7 +167,7 @@ def link_create(link: Link, uplink_index: int) -> Message:
 def link_no_link_local(index: int) -> Message:
     """Tell IPv6 to make no link-local address on a device (must come before it is up)."""
     spec = attr(AF_INET6, attr(IFLA_INET6_ADDR_GEN_MODE, bytes([ADDR_GEN_NONE])))
-    return Message(RTM_NEWLINK, 0, _IFINFO.pack(AF_UNSPEC, 0, index, 0, 0) + attr(IFLA_AF_SPEC, spec))
+    return Message(RTM_NEWLINK, 0, IFINFO.pack(AF_UNSPEC, 0, index, 0, 0) + attr(IFLA_AF_SPEC, spec))
 
 
 def link_change(
@@ -177,7 +176,7 @@ def link_change(
     """Set what is given of an existing device."""
     flags = IFF_UP if up else 0
     change = 0 if up is None else IFF_UP
-    body = _IFINFO.pack(AF_UNSPEC, 0, index, flags, change)
+    body = IFINFO.pack(AF_UNSPEC, 0, index, flags, change)
     if mac is not None:
         body += attr(IFLA_ADDRESS, mac)
     if mtu is not None:
@@ -187,31 +186,31 @@ def link_change(
 
 def link_delete(index: int) -> Message:
     """Remove a device, and with it all that is on it."""
-    return Message(RTM_DELLINK, 0, _IFINFO.pack(AF_UNSPEC, 0, index, 0, 0))
+    return Message(RTM_DELLINK, 0, IFINFO.pack(AF_UNSPEC, 0, index, 0, 0))
 
 
 def address_dump() -> Message:
     """All addresses of both families."""
-    return Message(RTM_GETADDR, NLM_F_DUMP, _IFADDR.pack(AF_UNSPEC, 0, 0, 0, 0))
+    return Message(RTM_GETADDR, NLM_F_DUMP, IFADDR.pack(AF_UNSPEC, 0, 0, 0, 0))
 
 
 def address_put(index: int, prefix: Prefix) -> Message:
     """Add an address; IPv6 without duplicate address detection (the store has settled who owns it)."""
     kind, body = family(prefix.address), b""
-    body = _IFADDR.pack(kind, prefix.length, IFA_F_NODAD if kind == AF_INET6 else 0, 0, index)
+    body = IFADDR.pack(kind, prefix.length, IFA_F_NODAD if kind == AF_INET6 else 0, 0, index)
     body += attr(IFA_LOCAL, prefix.address) + attr(IFA_ADDRESS, prefix.address)
     return Message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body)
 
 
 def address_delete(index: int, prefix: Prefix) -> Message:
     """Remove an address."""
-    body = _IFADDR.pack(family(prefix.address), prefix.length, 0, 0, index)
+    body = IFADDR.pack(family(prefix.address), prefix.length, 0, 0, index)
     return Message(RTM_DELADDR, 0, body + attr(IFA_LOCAL, prefix.address))
 
 
 def neighbour_dump(index: int, kind: int) -> Message:
     """The neighbours (AF_INET, AF_INET6) or FDB entries (AF_BRIDGE) of one device."""
-    return Message(RTM_GETNEIGH, NLM_F_DUMP, _NDMSG.pack(kind, 0, 0, 0, 0) + attr_u32(NDA_IFINDEX, index))
+    return Message(RTM_GETNEIGH, NLM_F_DUMP, NDMSG.pack(kind, 0, 0, 0, 0) + attr_u32(NDA_IFINDEX, index))
 
 
 def neighbour_put(index: int, address: Address, mac: Mac) -> Message:
@@ -226,7 +225,7 @@ def neighbour_put(index: int, address: Address, mac: Mac) -> Message:
 
 def neighbour_delete(index: int, address: Address) -> Message:
     """Remove a neighbour."""
-    return Message(RTM_DELNEIGH, 0, _NDMSG.pack(family(address), index, 0, 0, 0) + attr(NDA_DST, address))
+    return Message(RTM_DELNEIGH, 0, NDMSG.pack(family(address), index, 0, 0, 0) + attr(NDA_DST, address))
 
 
 def fdb_put(index: int, mac: Mac, remote: Address) -> Message:
@@ -241,20 +240,20 @@ def fdb_put(index: int, mac: Mac, remote: Address) -> Message:
 
 def fdb_delete(index: int, mac: Mac, remote: Address | None) -> Message:
     """Remove one remote of a MAC, or (None) the whole entry."""
-    body = _NDMSG.pack(AF_BRIDGE, index, 0, NTF_SELF, 0) + attr(NDA_LLADDR, mac)
+    body = NDMSG.pack(AF_BRIDGE, index, 0, NTF_SELF, 0) + attr(NDA_LLADDR, mac)
     return Message(RTM_DELNEIGH, 0, body + (attr(NDA_DST, remote) if remote is not None else b""))
 
 
 def route_dump(kind: int, *, index: int = 0, protocol: int = 0) -> Message:
     """The main table's routes of one family, by device or by protocol (filtered in the kernel)."""
-    body = _RTMSG.pack(kind, 0, 0, 0, RT_TABLE_MAIN, protocol, 0, 0, 0) + attr_u32(RTA_TABLE, RT_TABLE_MAIN)
+    body = RTMSG.pack(kind, 0, 0, 0, RT_TABLE_MAIN, protocol, 0, 0, 0) + attr_u32(RTA_TABLE, RT_TABLE_MAIN)
     return Message(RTM_GETROUTE, NLM_F_DUMP, body + (attr_u32(RTA_OIF, index) if index else b""))
 
 
 def route_get(address: Address) -> Message:
     """How the kernel would send to an address."""
     kind = family(address)
-    body = _RTMSG.pack(kind, len(address) * 8, 0, 0, 0, 0, 0, 0, 0)
+    body = RTMSG.pack(kind, len(address) * 8, 0, 0, 0, 0, 0, 0, 0)
     return Message(RTM_GETROUTE, 0, body + attr(RTA_DST, address))
 
 
@@ -274,7 +273,7 @@ def plain_route_put(
 ) -> Message:
     """A unicast route of the main table through a device, and a gateway if there is one."""
     address, length = destination
-    body = _RTMSG.pack(
+    body = RTMSG.pack(
         *(family(address), length, 0, 0, RT_TABLE_MAIN, protocol, RT_SCOPE_UNIVERSE, RTN_UNICAST),
         RTNH_F_ONLINK if onlink else 0,
     )
@@ -287,14 +286,14 @@ def plain_route_put(
 def route_delete(destination: Prefix, metric: int, protocol: int = 0) -> Message:
     """Remove the route with this destination and metric; `protocol` != 0 spares one of another owner."""
     kind = family(destination.address)
-    body = _RTMSG.pack(kind, destination.length, 0, 0, RT_TABLE_MAIN, protocol, RT_SCOPE_NOWHERE, 0, 0)
+    body = RTMSG.pack(kind, destination.length, 0, 0, RT_TABLE_MAIN, protocol, RT_SCOPE_NOWHERE, 0, 0)
     body += attr(RTA_DST, destination.address)
     return Message(RTM_DELROUTE, 0, body + (attr_u32(RTA_PRIORITY, metric) if metric else b""))
 
 
 def nexthop_dump() -> Message:
     """All nexthop objects."""
-    return Message(RTM_GETNEXTHOP, NLM_F_DUMP, _NHMSG.pack(AF_UNSPEC, 0, 0, 0))
+    return Message(RTM_GETNEXTHOP, NLM_F_DUMP, NHMSG.pack(AF_UNSPEC, 0, 0, 0))
 
 
 def nexthop_put(number: int, index: int, gateway: Address, protocol: int) -> Message:
@@ -309,7 +308,7 @@ def nexthop_put(number: int, index: int, gateway: Address, protocol: int) -> Mes
 
 def nexthop_delete(number: int) -> Message:
     """Remove a nexthop object, and any route that still uses it."""
-    return Message(RTM_DELNEXTHOP, 0, _NHMSG.pack(AF_UNSPEC, 0, 0, 0) + attr_u32(NHA_ID, number))
+    return Message(RTM_DELNEXTHOP, 0, NHMSG.pack(AF_UNSPEC, 0, 0, 0) + attr_u32(NHA_ID, number))
 
 
 def _name(name: str) -> bytes:
@@ -328,179 +327,3 @@ def _vxlan(vxlan: Vxlan, uplink_index: int) -> bytes:
     if vxlan.gbp:
         data += attr(IFLA_VXLAN_GBP, b"")
     return data
-
-
-# --- answers ---------------------------------------------------------------------------------------------
-
-
-class LinkInfo(NamedTuple):
-    """A link as the kernel reports it."""
-
-    ifindex: int
-    name: str
-    mac: Mac
-    mtu: int
-    up: bool
-    kind: str
-    vxlan: bytes
-    """The raw IFLA_INFO_DATA of a VXLAN device."""
-
-
-def read_link(body: bytes) -> LinkInfo:
-    """RTM_NEWLINK, RTM_DELLINK."""
-    _family, _type, index, flags, _change = _IFINFO.unpack_from(body)
-    found = attributes(body, 16)
-    info = attributes(found.get(IFLA_LINKINFO, b""), 0)
-    kind = info.get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode("ascii", "replace")
-    return LinkInfo(
-        index,
-        found.get(IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "surrogateescape"),
-        found.get(IFLA_ADDRESS, b""),
-        _number(found.get(IFLA_MTU)),
-        bool(flags & IFF_UP),
-        kind,
-        info.get(IFLA_INFO_DATA, b"") if kind == "vxlan" else b"",
-    )
-
-
-def read_vxlan(data: bytes, names: dict[int, str]) -> Vxlan:
-    """IFLA_INFO_DATA of a VXLAN device; `names` turns the lower device's index into its name."""
-    found = attributes(data, 0)
-    local = found.get(IFLA_VXLAN_LOCAL) or found.get(IFLA_VXLAN_LOCAL6)
-    if local is not None and not any(local):
-        local = None
-    return Vxlan(
-        _number(found.get(IFLA_VXLAN_ID)),
-        names.get(_number(found.get(IFLA_VXLAN_LINK))),
-        local,
-        int.from_bytes(found.get(IFLA_VXLAN_PORT, b"")),
-        any(found.get(IFLA_VXLAN_LEARNING, b"")),
-        IFLA_VXLAN_GBP in found,
-    )
-
-
-class AddressInfo(NamedTuple):
-    """An address as the kernel reports it."""
-
-    ifindex: int
-    prefix: Prefix
-    flags: int
-
-
-def read_address(body: bytes) -> AddressInfo | None:
-    """RTM_NEWADDR, RTM_DELADDR; None for a family that we do not know."""
-    kind, length, short_flags, _scope, index = _IFADDR.unpack_from(body)
-    if kind not in (AF_INET, AF_INET6):
-        return None
-    found = attributes(body, 8)
-    address = found.get(IFA_LOCAL) or found.get(IFA_ADDRESS)
-    if address is None:
-        return None
-    flags = _number(found[IFA_FLAGS]) if IFA_FLAGS in found else short_flags
-    return AddressInfo(index, Prefix(address, length), flags)
-
-
-class NeighbourInfo(NamedTuple):
-    """A neighbour or FDB entry as the kernel reports it."""
-
-    family: int
-    ifindex: int
-    state: int
-    flags: int
-    address: Address
-    mac: Mac
-
-
-def read_neighbour(body: bytes) -> NeighbourInfo:
-    """RTM_NEWNEIGH, RTM_DELNEIGH; `address` and `mac` are empty when absent."""
-    kind, index, state, flags, _type = _NDMSG.unpack_from(body)
-    found = attributes(body, 12)
-    return NeighbourInfo(kind, index, state, flags, found.get(NDA_DST, b""), found.get(NDA_LLADDR, b""))
-
-
-class RouteInfo(NamedTuple):
-    """A route as the kernel reports it."""
-
-    destination: Prefix
-    table: int
-    protocol: int
-    type: int
-    ifindex: int
-    """The output device; 0 = several or none."""
-    gateway: Address | None
-    onlink: bool
-    metric: int
-    nexthop: int
-    source: Address | None
-    """The source address that the kernel prefers on this route."""
-    extra: bytes
-    """Everything about it that is neither said above nor standard."""
-
-
-_PLAIN_ROUTE_ATTRS = frozenset(
-    (RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_CACHEINFO, RTA_TABLE, RTA_PREF, RTA_NH_ID)
-)
-
-
-def read_route(body: bytes) -> RouteInfo | None:
-    """RTM_NEWROUTE, RTM_DELROUTE; None for a family that we do not know."""
-    kind, length, _src, tos, table, protocol, scope, type_, flags = _RTMSG.unpack_from(body)
-    if kind not in (AF_INET, AF_INET6):
-        return None
-    found = attributes(body, 12)
-    width = 4 if kind == AF_INET else 16
-    extra = b""
-    if not found.keys() <= _PLAIN_ROUTE_ATTRS:
-        extra = b"".join(attr(k, found[k]) for k in sorted(found.keys() - _PLAIN_ROUTE_ATTRS))
-    if tos or scope != RT_SCOPE_UNIVERSE or type_ != RTN_UNICAST:
-        extra += bytes((tos, scope, type_))
-    return RouteInfo(
-        Prefix(found.get(RTA_DST, bytes(width)), length),
-        _number(found[RTA_TABLE]) if RTA_TABLE in found else table,
-        protocol,
-        type_,
-        _number(found.get(RTA_OIF)),
-        found.get(RTA_GATEWAY),
-        bool(flags & RTNH_F_ONLINK),
-        _number(found.get(RTA_PRIORITY)),
-        _number(found.get(RTA_NH_ID)),
-        found.get(RTA_PREFSRC),
-        extra,
-    )
-
-
-class NexthopInfo(NamedTuple):
-    """A nexthop object as the kernel reports it."""
-
-    number: int
-    ifindex: int
-    gateway: Address | None
-    protocol: int
-    onlink: bool
-
-
-def read_nexthop(body: bytes) -> NexthopInfo:
-    """RTM_NEWNEXTHOP, RTM_DELNEXTHOP."""
-    _family, _scope, protocol, flags = _NHMSG.unpack_from(body)
-    found = attributes(body, 8)
-    return NexthopInfo(
-        _number(found.get(NHA_ID)),
-        _number(found.get(NHA_OIF)),
-        found.get(NHA_GATEWAY),
-        protocol,
-        bool(flags & RTNH_F_ONLINK),
-    )
-
-
-def read_error(body: bytes) -> tuple[int, str]:
-    """NLMSG_ERROR -> (errno, the kernel's own words or ""); errno 0 is an acknowledgement.
-
-    With NETLINK_CAP_ACK the request is not repeated in the answer, so extended attributes follow its header.
-    """
-    (code,) = struct.unpack_from("=i", body)
-    words = attributes(body, 20).get(1, b"") if len(body) > 20 else b""
-    return -code, words.rstrip(b"\0").decode("utf-8", "replace")
-
-
-def _number(payload: bytes | None) -> int:
-    return int.from_bytes(payload, sys.byteorder) if payload else 0

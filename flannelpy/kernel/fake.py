@@ -6,7 +6,7 @@ The same tests run on this one and, in a network namespace, on the real one (tes
 import errno
 from collections.abc import Callable, Iterable, Sequence
 
-from flannelpy.kernel.linux import Failure
+from flannelpy.kernel.links import Failure
 from flannelpy.kernel.netlink import NetlinkError
 from flannelpy.model.address import Address
 from flannelpy.model.kernel import (

@@ -9,13 +9,14 @@ routes for good, while plain routes come back with the carrier.
 
 import errno
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
 
 from flannelpy.errors import KernelError
-from flannelpy.kernel import codec, sysctl
-from flannelpy.kernel.codec import LinkInfo, Message, RouteInfo
+from flannelpy.kernel import codec, replies
+from flannelpy.kernel.codec import Message
+from flannelpy.kernel.links import GONE, Failure, Links, link_of
 from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
 from flannelpy.kernel.nexthop import Nexthops
+from flannelpy.kernel.replies import RouteInfo
 from flannelpy.model.address import Address, Prefix, is_link_local
 from flannelpy.model.kernel import (
     PROTOCOL_BOOT,
@@ -32,26 +33,13 @@ from flannelpy.model.kernel import (
 from flannelpy.model.plan import Op, Put, Remove
 from flannelpy.model.uplink import DefaultRoute, Interface, InterfaceAddress
 
-_GONE = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL))
-"""What "remove" answers when there is nothing to remove: that is success."""
-
-
-class Failure(NamedTuple):
-    """An operation that the kernel refused."""
-
-    op: Op
-    error: OSError
-
-    def __str__(self) -> str:
-        return f"{self.op}: {self.error.strerror} ({errno.errorcode.get(self.error.errno or 0, '?')})"
-
 
 class LinuxKernel:
     """The kernel of the network namespace that the daemon runs in."""
 
     def __init__(self) -> None:
         self._netlink = NetlinkSocket()
-        self._links: dict[str, LinkInfo] = {}
+        self._links = Links(self._netlink)
         self._nexthops = Nexthops()
         self._use_nexthops = True
 
@@ -64,7 +52,7 @@ class LinuxKernel:
     def interfaces(self) -> list[Interface]:
         """All links with their addresses, in the kernel's order."""
         addresses: dict[int, list[InterfaceAddress]] = {}
-        for info in filter(None, map(codec.read_address, self._netlink.dump(codec.address_dump()))):
+        for info in filter(None, map(replies.read_address, self._netlink.dump(codec.address_dump()))):
             flags = info.flags
             addresses.setdefault(info.ifindex, []).append(
                 InterfaceAddress(
@@ -76,7 +64,7 @@ class LinuxKernel:
             )
         return [
             Interface(link.ifindex, link.name, link.mtu, tuple(addresses.get(link.ifindex, ())))
-            for link in self._read_links().values()
+            for link in self._links.read().values()
         ]
 
     def default_routes(self) -> list[DefaultRoute]:
@@ -89,7 +77,7 @@ class LinuxKernel:
 
     def routed(self) -> list[tuple[str, Prefix]]:
         """(device, destination) of every route of the main table that is not a default route."""
-        names = {link.ifindex: name for name, link in self._read_links().items()}
+        names = {link.ifindex: name for name, link in self._links.read().items()}
         return [
             (names.get(route.ifindex, "?"), route.destination)
             for route in self._main_routes(protocol=0)
@@ -105,7 +93,7 @@ class LinuxKernel:
 
     def on_link(self, addresses: Iterable[Address], device: str) -> frozenset[Address]:
         """Which of these the kernel reaches through that device without a gateway."""
-        index = self._index(device)
+        index = self._links.index(device)
         found = []
         for address in addresses:
             route = self._lookup(address)
@@ -115,7 +103,7 @@ class LinuxKernel:
 
     def _lookup(self, address: Address) -> RouteInfo | None:
         try:
-            return codec.read_route(self._netlink.request(codec.route_get(address))[0])
+            return replies.read_route(self._netlink.request(codec.route_get(address))[0])
         except (NetlinkError, IndexError):
             return None
 
@@ -123,13 +111,13 @@ class LinuxKernel:
 
     def observe(self, scope: Scope, *, devices_only: bool = False) -> State:
         """All that is ours, as the kernel has it now; or just our devices with their addresses."""
-        links = self._read_links()
+        links = self._links.read()
         names = {link.ifindex: name for name, link in links.items()}
         ours = {link.ifindex: name for name, link in links.items() if name in scope.devices}
         state = State()
         for name in ours.values():
-            state.links[name] = _link(links[name], names)
-        for info in filter(None, map(codec.read_address, self._netlink.dump(codec.address_dump()))):
+            state.links[name] = link_of(links[name], names)
+        for info in filter(None, map(replies.read_address, self._netlink.dump(codec.address_dump()))):
             if info.ifindex in ours and not _is_kernels_own(info.prefix):
                 state.add([DeviceAddress(ours[info.ifindex], info.prefix)])
         if devices_only:
@@ -150,12 +138,12 @@ class LinuxKernel:
     def _observe_device(self, state: State, index: int, name: str) -> None:
         for family in (codec.AF_INET, codec.AF_INET6):
             for body in self._netlink.dump(codec.neighbour_dump(index, family)):
-                info = codec.read_neighbour(body)
+                info = replies.read_neighbour(body)
                 # What the kernel learns by itself comes and goes; only permanent entries are somebody's will.
                 if info.ifindex == index and info.state & codec.NUD_PERMANENT and info.address[:1] != b"\xff":
                     state.add([Neighbour(name, info.address, info.mac)])
         for body in self._netlink.dump(codec.neighbour_dump(index, codec.AF_BRIDGE)):
-            info = codec.read_neighbour(body)
+            info = replies.read_neighbour(body)
             if info.ifindex != index or not info.flags & codec.NTF_SELF or not info.address:
                 continue
             known = state.fdb.get((name, info.mac))
@@ -192,17 +180,12 @@ class LinuxKernel:
             for body in self._netlink.dump(codec.route_dump(family, index=index, protocol=protocol)):
                 if skip and codec.attribute_u32(body, 12, codec.RTA_OIF) in skip:
                     continue
-                route = codec.read_route(body)
+                route = replies.read_route(body)
                 if route is None or route.table != codec.RT_TABLE_MAIN:
                     continue
                 if (not index or route.ifindex == index) and (not protocol or route.protocol == protocol):
                     found.append(route)
         return found
-
-    def _read_links(self) -> dict[str, LinkInfo]:
-        found = (codec.read_link(body) for body in self._netlink.dump(codec.link_dump()))
-        self._links = {link.name: link for link in found}
-        return self._links
 
     def _read_nexthops(self, devices: Iterable[int]) -> None:
         if not self._use_nexthops:
@@ -214,7 +197,7 @@ class LinuxKernel:
                 raise
             self._use_nexthops = False  # Linux < 5.3
             return
-        self._nexthops.load(map(codec.read_nexthop, bodies), devices)
+        self._nexthops.load(map(replies.read_nexthop, bodies), devices)
 
     def _route(self, info: RouteInfo, names: dict[int, str]) -> Route:
         gateway, onlink = info.gateway, info.onlink
@@ -234,7 +217,9 @@ class LinuxKernel:
             if isinstance(op.item, Link):
                 failures += self._apply_bulk(bulk)
                 bulk = []
-                failures += self._apply_link(op, op.item)
+                if isinstance(op, Remove) and op.item.name in self._links.by_name:
+                    self._nexthops.forget_device(self._links.index(op.item.name))
+                failures += self._links.apply(op, op.item)
             else:
                 bulk.append(op)
         return failures + self._apply_bulk(bulk)
@@ -254,7 +239,7 @@ class LinuxKernel:
             owners += [op] * len(encoded)
         for position, refusal in self._netlink.batch(messages).items():
             op = owners[position]
-            if not (isinstance(op, Remove) and refusal.errno in _GONE):
+            if not (isinstance(op, Remove) and refusal.errno in GONE):
                 failures.setdefault(id(op), Failure(op, refusal))
         for failure in failures.values():
             self._nexthops.use(failure.op.item.key, 0) if isinstance(failure.op.item, Route) else None
@@ -266,22 +251,22 @@ class LinuxKernel:
         put = isinstance(op, Put)
         match item:
             case FdbEntry():
-                return _fdb_messages(op, item, self._index(item.device))
+                return _fdb_messages(op, item, self._links.index(item.device))
             case Neighbour(device=device, address=address, mac=mac):
-                index = self._index(device)
+                index = self._links.index(device)
                 if put:
                     return [codec.neighbour_put(index, address, mac)]
                 return [codec.neighbour_delete(index, address)]
             case Route():
                 return self._route_messages(item) if put else self._route_removal(item)
             case DeviceAddress(device=device, prefix=prefix):
-                index = self._index(device)
+                index = self._links.index(device)
                 return [codec.address_put(index, prefix) if put else codec.address_delete(index, prefix)]
             case Link():
                 raise TypeError("links are not applied in bulk")
 
     def _route_messages(self, route: Route) -> list[Message]:
-        index = self._index(route.device)
+        index = self._links.index(route.device)
         destination, gateway = route.destination, route.gateway
         if gateway is None or not route.onlink or not self._use_nexthops:
             self._nexthops.use(route.key, 0)
@@ -299,68 +284,6 @@ class LinuxKernel:
         self._nexthops.use(route.key, 0)
         return [codec.route_delete(route.destination, route.metric, route.protocol)]
 
-    # --- links -------------------------------------------------------------------------------------------
-
-    def _apply_link(self, op: Op, link: Link) -> list[Failure]:
-        try:
-            if isinstance(op, Remove):
-                self._remove_link(link.name)
-            elif op.was is None:
-                self._create_link(link)
-            else:
-                self._change_link(link)
-        except NetlinkError as error:
-            if isinstance(op, Remove) and error.errno in _GONE:
-                return []
-            return [Failure(op, error)]
-        finally:
-            self._read_links()
-        return []
-
-    def _create_link(self, link: Link) -> None:
-        uplink = link.vxlan.uplink if link.vxlan else None
-        try:
-            self._netlink.request(codec.link_create(link, self._index(uplink) if uplink else 0))
-        except NetlinkError as error:
-            raise _creation_error(link, error, self._links.values()) from error
-        self._read_links()
-        index = self._index(link.name)
-        if link.vxlan is not None:
-            self._quieten(index, link.name)
-        if link.up:
-            self._netlink.request(codec.link_change(index, up=True))
-
-    def _quieten(self, index: int, name: str) -> None:
-        """No link-local address and no router advertisements on a tunnel device."""
-        try:
-            self._netlink.request(codec.link_no_link_local(index))
-        except NetlinkError as error:
-            if error.errno not in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EINVAL):
-                raise  # those say that IPv6 is off, which is quiet enough
-        sysctl.write_quietly(f"net/ipv6/conf/{name}/accept_ra", "0")
-
-    def _change_link(self, link: Link) -> None:
-        found = self._links[link.name]
-        self._netlink.request(
-            codec.link_change(
-                found.ifindex,
-                mac=link.mac if link.mac != found.mac else None,
-                mtu=link.mtu if link.mtu != found.mtu else None,
-                up=link.up if link.up != found.up else None,
-            )
-        )
-
-    def _remove_link(self, name: str) -> None:
-        index = self._index(name)
-        self._netlink.request(codec.link_delete(index))
-        self._nexthops.forget_device(index)
-
-    def _index(self, name: str) -> int:
-        link = self._links.get(name)
-        if link is None:
-            raise NetlinkError(errno.ENODEV, f"there is no device {name}")
-        return link.ifindex
-
 
 def _fdb_messages(op: Op, entry: FdbEntry, index: int) -> list[Message]:
     if isinstance(op, Remove):
@@ -377,36 +300,9 @@ def _fdb_messages(op: Op, entry: FdbEntry, index: int) -> list[Message]:
     return messages
 
 
-def _link(info: LinkInfo, names: dict[int, str]) -> Link:
-    vxlan = codec.read_vxlan(info.vxlan, names) if info.kind == "vxlan" else None
-    return Link(info.name, info.kind, info.mac, info.mtu, info.up, vxlan)
-
-
 def _is_kernels_own(prefix: Prefix) -> bool:
     """Link-local and IPv6 multicast: what the kernel makes by itself on any device."""
     return prefix.length > 0 and (is_link_local(prefix.address) or prefix.address[:1] == b"\xff")
-
-
-def _creation_error(link: Link, error: NetlinkError, links: Iterable[LinkInfo]) -> NetlinkError:
-    """The kernel's refusal to make a VXLAN device, with what it means."""
-    if error.errno == errno.EOPNOTSUPP:
-        return NetlinkError(
-            error.errno,
-            "this kernel has no vxlan: load it (modprobe vxlan) or install the"
-            " distribution's extra kernel modules package",
-        )
-    if error.errno == errno.EPERM:
-        return NetlinkError(error.errno, "not permitted: run as root or with CAP_NET_ADMIN")
-    if error.errno == errno.EEXIST and link.vxlan is not None:
-        vni = link.vxlan.vni
-        for other in links:
-            if other.kind == "vxlan" and codec.read_vxlan(other.vxlan, {}).vni == vni:
-                return NetlinkError(
-                    error.errno,
-                    f"device {other.name} holds VNI {vni} on this port already: remove it"
-                    f" (ip link delete {other.name}) or set another VNI in the network config",
-                )
-    return error
 
 
 def require_privileges() -> None:

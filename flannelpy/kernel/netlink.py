@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 
-from flannelpy.kernel import codec
+from flannelpy.kernel import codec, replies
 from flannelpy.kernel.codec import Message
 
 BATCH = 300
@@ -54,7 +54,7 @@ class NetlinkSocket:
             if seq != sequence:
                 continue
             if kind == codec.NLMSG_ERROR:
-                code, words = codec.read_error(body)
+                code, words = replies.read_error(body)
                 if code:
                     raise NetlinkError(code, words)
                 return bodies
@@ -83,7 +83,7 @@ class NetlinkSocket:
             for kind, _flags, seq, body in self._answers():
                 if kind != codec.NLMSG_ERROR or not first <= seq <= last:
                     continue
-                code, words = codec.read_error(body)
+                code, words = replies.read_error(body)
                 if code:
                     errors[start + seq - first] = NetlinkError(code, words)
                 if seq == last:
@@ -118,7 +118,7 @@ class NetlinkSocket:
             if kind == codec.NLMSG_DONE:
                 break
             if kind == codec.NLMSG_ERROR:
-                code, words = codec.read_error(body)
+                code, words = replies.read_error(body)
                 raise NetlinkError(code, words)
             consistent = consistent and not flags & codec.NLM_F_DUMP_INTR
             bodies.append(body)

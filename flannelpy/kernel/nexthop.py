@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from flannelpy.kernel.codec import NexthopInfo
+from flannelpy.kernel.replies import NexthopInfo
 from flannelpy.model.address import Address, Prefix
 from flannelpy.model.kernel import ROUTE_PROTOCOL
 

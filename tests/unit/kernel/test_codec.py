@@ -11,7 +11,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from flannelpy.kernel import codec
+from flannelpy.kernel import codec, replies
 from flannelpy.model.address import parse_mac, parse_prefix, parse_v4, parse_v6
 from flannelpy.model.kernel import Link, Vxlan
 
@@ -82,8 +82,8 @@ def test_routes() -> None:
 def test_an_error_tells_the_kernels_own_words() -> None:
     acknowledged = struct.pack("=i", 0) + bytes(16)
     refused = struct.pack("=i", -17) + bytes(16) + codec.attr(1, b"it is there\0")
-    assert codec.read_error(acknowledged) == (0, "")
-    assert codec.read_error(refused) == (17, "it is there")
+    assert replies.read_error(acknowledged) == (0, "")
+    assert replies.read_error(refused) == (17, "it is there")
 
 
 @given(st.binary(max_size=400))
@@ -92,10 +92,10 @@ def test_any_bytes_are_read_without_an_exception(data: bytes) -> None:
     for _kind, _flags, _sequence, body in codec.messages(data):
         codec.attributes(body, 0)
     body = data.ljust(16, b"\0")
-    codec.read_link(body)
-    codec.read_address(body)
-    codec.read_neighbour(body)
-    codec.read_route(body)
-    codec.read_nexthop(body)
-    codec.read_error(body)
-    codec.read_vxlan(data, {})
+    replies.read_link(body)
+    replies.read_address(body)
+    replies.read_neighbour(body)
+    replies.read_route(body)
+    replies.read_nexthop(body)
+    replies.read_error(body)
+    replies.read_vxlan(data, {})

@@ -1,0 +1,127 @@
+"""Devices: read them, make them, change them, remove them."""
+
+import errno
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from flannelpy.kernel import codec, replies, sysctl
+from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
+from flannelpy.kernel.replies import LinkInfo
+from flannelpy.model.kernel import Link
+from flannelpy.model.plan import Op, Remove
+
+GONE = frozenset((errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL))
+"""What "remove" answers when there is nothing to remove: that is success."""
+
+
+class Failure(NamedTuple):
+    """An operation that the kernel refused."""
+
+    op: Op
+    error: OSError
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.error.strerror} ({errno.errorcode.get(self.error.errno or 0, '?')})"
+
+
+class Links:
+    """The links of this host as last read."""
+
+    def __init__(self, netlink: NetlinkSocket) -> None:
+        self._netlink = netlink
+        self.by_name: dict[str, LinkInfo] = {}
+
+    def read(self) -> dict[str, LinkInfo]:
+        """All of them, by name, in the kernel's order."""
+        found = (replies.read_link(body) for body in self._netlink.dump(codec.link_dump()))
+        self.by_name = {link.name: link for link in found}
+        return self.by_name
+
+    def index(self, name: str) -> int:
+        """The index of a device; NetlinkError (ENODEV) if there is none of that name."""
+        link = self.by_name.get(name)
+        if link is None:
+            raise NetlinkError(errno.ENODEV, f"there is no device {name}")
+        return link.ifindex
+
+    def apply(self, op: Op, link: Link) -> list[Failure]:
+        """Put or remove a device; the failure, if any."""
+        try:
+            if isinstance(op, Remove):
+                self._remove(link.name)
+            elif op.was is None:
+                self._create(link)
+            else:
+                self._change(link)
+        except NetlinkError as error:
+            if isinstance(op, Remove) and error.errno in GONE:
+                return []
+            return [Failure(op, error)]
+        finally:
+            self.read()
+        return []
+
+    def _create(self, link: Link) -> None:
+        uplink = link.vxlan.uplink if link.vxlan else None
+        try:
+            self._netlink.request(codec.link_create(link, self.index(uplink) if uplink else 0))
+        except NetlinkError as error:
+            raise _creation_error(link, error, self.by_name.values()) from error
+        self.read()
+        index = self.index(link.name)
+        if link.vxlan is not None:
+            self._quieten(index, link.name)
+        if link.up:
+            self._netlink.request(codec.link_change(index, up=True))
+
+    def _quieten(self, index: int, name: str) -> None:
+        """No link-local address and no router advertisements on a tunnel device."""
+        try:
+            self._netlink.request(codec.link_no_link_local(index))
+        except NetlinkError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EINVAL):
+                raise  # those say that IPv6 is off, which is quiet enough
+        sysctl.write_quietly(f"net/ipv6/conf/{name}/accept_ra", "0")
+
+    def _change(self, link: Link) -> None:
+        found = self.by_name[link.name]
+        self._netlink.request(
+            codec.link_change(
+                found.ifindex,
+                mac=link.mac if link.mac != found.mac else None,
+                mtu=link.mtu if link.mtu != found.mtu else None,
+                up=link.up if link.up != found.up else None,
+            )
+        )
+
+    def _remove(self, name: str) -> None:
+        index = self.index(name)
+        self._netlink.request(codec.link_delete(index))
+
+
+def link_of(info: LinkInfo, names: dict[int, str]) -> Link:
+    """What the kernel reports, as the model has it."""
+    vxlan = replies.read_vxlan(info.vxlan, names) if info.kind == "vxlan" else None
+    return Link(info.name, info.kind, info.mac, info.mtu, info.up, vxlan)
+
+
+def _creation_error(link: Link, error: NetlinkError, links: Iterable[LinkInfo]) -> NetlinkError:
+    """The kernel's refusal to make a VXLAN device, with what it means."""
+    if error.errno == errno.EOPNOTSUPP:
+        return NetlinkError(
+            error.errno,
+            "this kernel has no vxlan: load it (modprobe vxlan) or install the"
+            " distribution's extra kernel modules package",
+        )
+    if error.errno == errno.EPERM:
+        return NetlinkError(error.errno, "not permitted: run as root or with CAP_NET_ADMIN")
+    if error.errno == errno.EEXIST and link.vxlan is not None:
+        vni = link.vxlan.vni
+        for other in links:
+            if other.kind == "vxlan" and replies.read_vxlan(other.vxlan, {}).vni == vni:
+                return NetlinkError(
+                    error.errno,
+                    f"device {other.name} holds VNI {vni} on this port already: remove it"
+                    f" (ip link delete {other.name}) or set another VNI in the network config",
+                )
+    return error

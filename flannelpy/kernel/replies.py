@@ -1,0 +1,229 @@
+"""rtnetlink answers and notifications as values. Pure; odd bytes give odd values, never an error.
+
+The other direction, and the sources, are in `codec.py`.
+"""
+
+import struct
+import sys
+from typing import NamedTuple
+
+from flannelpy.kernel.codec import (
+    AF_INET,
+    AF_INET6,
+    IFA_ADDRESS,
+    IFA_FLAGS,
+    IFA_LOCAL,
+    IFADDR,
+    IFF_UP,
+    IFINFO,
+    IFLA_ADDRESS,
+    IFLA_IFNAME,
+    IFLA_INFO_DATA,
+    IFLA_INFO_KIND,
+    IFLA_LINKINFO,
+    IFLA_MTU,
+    IFLA_VXLAN_GBP,
+    IFLA_VXLAN_ID,
+    IFLA_VXLAN_LEARNING,
+    IFLA_VXLAN_LINK,
+    IFLA_VXLAN_LOCAL,
+    IFLA_VXLAN_LOCAL6,
+    IFLA_VXLAN_PORT,
+    NDA_DST,
+    NDA_LLADDR,
+    NDMSG,
+    NHA_GATEWAY,
+    NHA_ID,
+    NHA_OIF,
+    NHMSG,
+    RT_SCOPE_UNIVERSE,
+    RTA_CACHEINFO,
+    RTA_DST,
+    RTA_GATEWAY,
+    RTA_NH_ID,
+    RTA_OIF,
+    RTA_PREF,
+    RTA_PREFSRC,
+    RTA_PRIORITY,
+    RTA_TABLE,
+    RTMSG,
+    RTN_UNICAST,
+    RTNH_F_ONLINK,
+    attr,
+    attributes,
+)
+from flannelpy.model.address import Address, Mac, Prefix
+from flannelpy.model.kernel import Vxlan
+
+
+class LinkInfo(NamedTuple):
+    """A link as the kernel reports it."""
+
+    ifindex: int
+    name: str
+    mac: Mac
+    mtu: int
+    up: bool
+    kind: str
+    vxlan: bytes
+    """The raw IFLA_INFO_DATA of a VXLAN device."""
+
+
+def read_link(body: bytes) -> LinkInfo:
+    """RTM_NEWLINK, RTM_DELLINK."""
+    _family, _type, index, flags, _change = IFINFO.unpack_from(body)
+    found = attributes(body, 16)
+    info = attributes(found.get(IFLA_LINKINFO, b""), 0)
+    kind = info.get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode("ascii", "replace")
+    return LinkInfo(
+        index,
+        found.get(IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "surrogateescape"),
+        found.get(IFLA_ADDRESS, b""),
+        _number(found.get(IFLA_MTU)),
+        bool(flags & IFF_UP),
+        kind,
+        info.get(IFLA_INFO_DATA, b"") if kind == "vxlan" else b"",
+    )
+
+
+def read_vxlan(data: bytes, names: dict[int, str]) -> Vxlan:
+    """IFLA_INFO_DATA of a VXLAN device; `names` turns the lower device's index into its name."""
+    found = attributes(data, 0)
+    local = found.get(IFLA_VXLAN_LOCAL) or found.get(IFLA_VXLAN_LOCAL6)
+    if local is not None and not any(local):
+        local = None
+    return Vxlan(
+        _number(found.get(IFLA_VXLAN_ID)),
+        names.get(_number(found.get(IFLA_VXLAN_LINK))),
+        local,
+        int.from_bytes(found.get(IFLA_VXLAN_PORT, b"")),
+        any(found.get(IFLA_VXLAN_LEARNING, b"")),
+        IFLA_VXLAN_GBP in found,
+    )
+
+
+class AddressInfo(NamedTuple):
+    """An address as the kernel reports it."""
+
+    ifindex: int
+    prefix: Prefix
+    flags: int
+
+
+def read_address(body: bytes) -> AddressInfo | None:
+    """RTM_NEWADDR, RTM_DELADDR; None for a family that we do not know."""
+    kind, length, short_flags, _scope, index = IFADDR.unpack_from(body)
+    if kind not in (AF_INET, AF_INET6):
+        return None
+    found = attributes(body, 8)
+    address = found.get(IFA_LOCAL) or found.get(IFA_ADDRESS)
+    if address is None:
+        return None
+    flags = _number(found[IFA_FLAGS]) if IFA_FLAGS in found else short_flags
+    return AddressInfo(index, Prefix(address, length), flags)
+
+
+class NeighbourInfo(NamedTuple):
+    """A neighbour or FDB entry as the kernel reports it."""
+
+    family: int
+    ifindex: int
+    state: int
+    flags: int
+    address: Address
+    mac: Mac
+
+
+def read_neighbour(body: bytes) -> NeighbourInfo:
+    """RTM_NEWNEIGH, RTM_DELNEIGH; `address` and `mac` are empty when absent."""
+    kind, index, state, flags, _type = NDMSG.unpack_from(body)
+    found = attributes(body, 12)
+    return NeighbourInfo(kind, index, state, flags, found.get(NDA_DST, b""), found.get(NDA_LLADDR, b""))
+
+
+class RouteInfo(NamedTuple):
+    """A route as the kernel reports it."""
+
+    destination: Prefix
+    table: int
+    protocol: int
+    type: int
+    ifindex: int
+    """The output device; 0 = several or none."""
+    gateway: Address | None
+    onlink: bool
+    metric: int
+    nexthop: int
+    source: Address | None
+    """The source address that the kernel prefers on this route."""
+    extra: bytes
+    """Everything about it that is neither said above nor standard."""
+
+
+_PLAIN_ROUTE_ATTRS = frozenset(
+    (RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_CACHEINFO, RTA_TABLE, RTA_PREF, RTA_NH_ID)
+)
+
+
+def read_route(body: bytes) -> RouteInfo | None:
+    """RTM_NEWROUTE, RTM_DELROUTE; None for a family that we do not know."""
+    kind, length, _src, tos, table, protocol, scope, type_, flags = RTMSG.unpack_from(body)
+    if kind not in (AF_INET, AF_INET6):
+        return None
+    found = attributes(body, 12)
+    width = 4 if kind == AF_INET else 16
+    extra = b""
+    if not found.keys() <= _PLAIN_ROUTE_ATTRS:
+        extra = b"".join(attr(k, found[k]) for k in sorted(found.keys() - _PLAIN_ROUTE_ATTRS))
+    if tos or scope != RT_SCOPE_UNIVERSE or type_ != RTN_UNICAST:
+        extra += bytes((tos, scope, type_))
+    return RouteInfo(
+        Prefix(found.get(RTA_DST, bytes(width)), length),
+        _number(found[RTA_TABLE]) if RTA_TABLE in found else table,
+        protocol,
+        type_,
+        _number(found.get(RTA_OIF)),
+        found.get(RTA_GATEWAY),
+        bool(flags & RTNH_F_ONLINK),
+        _number(found.get(RTA_PRIORITY)),
+        _number(found.get(RTA_NH_ID)),
+        found.get(RTA_PREFSRC),
+        extra,
+    )
+
+
+class NexthopInfo(NamedTuple):
+    """A nexthop object as the kernel reports it."""
+
+    number: int
+    ifindex: int
+    gateway: Address | None
+    protocol: int
+    onlink: bool
+
+
+def read_nexthop(body: bytes) -> NexthopInfo:
+    """RTM_NEWNEXTHOP, RTM_DELNEXTHOP."""
+    _family, _scope, protocol, flags = NHMSG.unpack_from(body)
+    found = attributes(body, 8)
+    return NexthopInfo(
+        _number(found.get(NHA_ID)),
+        _number(found.get(NHA_OIF)),
+        found.get(NHA_GATEWAY),
+        protocol,
+        bool(flags & RTNH_F_ONLINK),
+    )
+
+
+def read_error(body: bytes) -> tuple[int, str]:
+    """NLMSG_ERROR -> (errno, the kernel's own words or ""); errno 0 is an acknowledgement.
+
+    With NETLINK_CAP_ACK the request is not repeated in the answer, so extended attributes follow its header.
+    """
+    (code,) = struct.unpack_from("=i", body)
+    words = attributes(body, 20).get(1, b"") if len(body) > 20 else b""
+    return -code, words.rstrip(b"\0").decode("utf-8", "replace")
+
+
+def _number(payload: bytes | None) -> int:
+    return int.from_bytes(payload, sys.byteorder) if payload else 0
