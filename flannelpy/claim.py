@@ -19,6 +19,8 @@ TTL_SECONDS = 86400
 """flannel's; after it an absent node's subnet is free for others."""
 _RETRY_SECONDS = (0.5, 30.0)
 """While the store does not answer: first and longest wait."""
+_REPEAT_SECONDS = (60.0, 600.0)
+"""After a change of what we tell: written again this much later."""
 _RECLAIM_SECONDS = 60.0
 """A claim that is lost again is taken back no more often than this."""
 
@@ -26,7 +28,7 @@ T = TypeVar("T")
 
 
 class Claim:
-    """Holds our lease. `moved` is called when it became another one."""
+    """Holds our lease. `moved` is called when it became another one, or tells something else."""
 
     def __init__(
         self,
@@ -46,67 +48,102 @@ class Claim:
         self._random = random
         self._moved = moved
         self._own: Lease | None = None
-        self._seen_change = asyncio.Event()
+        self._changed_at = 0
+        """The revision at which our record was last changed by somebody, ourselves included."""
+        self._unpublished = False
+        self._wake = asyncio.Event()
+        self._renew_at = 0.0
+        self._repeats: list[float] = []
+        """When to write the record once more."""
+        self._not_before = 0.0
+        """When the record may be taken back again."""
 
     async def take(self) -> Lease:
         """Claim a subnet, waiting for the store as long as it takes; StoreError if there can be none."""
-        self._own = await self._insist(
-            partial(self._store.acquire, self._config, self._offer, self._previous), "claim a subnet"
-        )
-        return self._own
+        acquire = partial(self._store.acquire, self._config, self._offer, self._previous)
+        own = await self._insist(acquire, "claim a subnet")
+        self._held(own)
+        return own
 
     def notice(self, update: LeaseUpdate) -> None:
         """Look at what the store says about our own record: somebody else may have written or deleted it."""
         own = self._own
         if own is None:
             return
+        found = update.leases if isinstance(update, Snapshot) else update.put
+        revisions = [lease.revision for lease in found if lease.key == own.key]
         if isinstance(update, Snapshot):
-            found = next((lease for lease in update.leases if lease.key == own.key), None)
-            changed = update.revision > own.revision and (found is None or found.revision > own.revision)
+            absent = not revisions and own.key not in dict(update.unreadable)
         else:
-            changed = (own.key in update.gone and update.revision > own.revision) or any(
-                lease.key == own.key and lease.revision > own.revision for lease in update.put
-            )
-        if changed:
-            self._seen_change.set()
+            absent = own.key in update.gone
+        if absent:
+            revisions.append(update.revision)
+        # Our own writes come back, too, perhaps before their answer: `keep` compares again.
+        if max(revisions, default=0) > own.revision:
+            self._changed_at = max(revisions)
+            self._wake.set()
+
+    def publish(self) -> None:
+        """What we tell the peers is about to change: write it as soon as the store answers."""
+        self._unpublished = True
+        self._wake.set()
 
     async def keep(self) -> None:
-        """Prolong the claim before it expires, for ever."""
+        """Hold the claim for ever: prolong it in time, publish changes, take it back when it was lost."""
         while True:
-            # Up to a tenth earlier: a cluster that started at once must not renew at once.
-            delay = self._period * self._random.uniform(0.9, 1.0)
-            try:
-                async with asyncio.timeout(delay):
-                    await self._seen_change.wait()
-            except TimeoutError:
-                pass
-            self._seen_change.clear()
+            await self._wait()
             own = self._own
-            if own is None:
+            if own is None or not self._is_due():
                 continue
+            if self._unpublished:
+                own = own._replace(attrs=self._offer(own, ()))
             renewed = await self._insist(partial(self._store.renew, own), "renew our lease")
-            if renewed is not None:
-                self._own = renewed
-                log.info("renewed our lease %s", renewed.key)
+            if renewed is None:
+                await self._take_back(own)
                 continue
-            await self._take_back(own)
+            log.info("renewed our lease %s", renewed.key)
+            self._held(renewed)
+            if self._unpublished:
+                self._unpublished = False
+                # flannel peers do not notice changed attributes across a new listing, only a put.
+                now = asyncio.get_running_loop().time()
+                self._repeats = [now + seconds for seconds in _REPEAT_SECONDS]
+                self._moved(renewed)
+
+    async def _wait(self) -> None:
+        """Until the next deadline, or until somebody wakes us."""
+        try:
+            async with asyncio.timeout_at(min([self._renew_at, *self._repeats])):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        self._wake.clear()
+
+    def _is_due(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        due = now >= min([self._renew_at, *self._repeats])
+        self._repeats = [deadline for deadline in self._repeats if deadline > now]
+        lost = self._own is not None and self._changed_at > self._own.revision
+        return due or lost or self._unpublished
+
+    def _held(self, own: Lease) -> None:
+        self._own = own
+        # Up to a tenth earlier: a cluster that started at once must not renew at once.
+        period = self._period * self._random.uniform(0.9, 1.0)
+        self._renew_at = asyncio.get_running_loop().time() + period
 
     async def _take_back(self, lost: Lease) -> None:
         """Our record was deleted or overwritten: the same subnet again if it is free, else another one."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._not_before - loop.time())
         log.warning("our lease %s was deleted or overwritten by somebody else: taking it back", lost.key)
         self._previous = Previous(self._config.network, lost.subnet, self._config.network6, lost.subnet6)
         own = await self.take()
+        self._not_before = loop.time() + _RECLAIM_SECONDS
         if own.subnets() != lost.subnets():
-            log.error(
-                "our subnet changed from %s to %s, because it belongs to another node now:"
-                " restart Docker (or the pods) on this node so that they use the new one",
-                lost.key,
-                own.key,
-            )
+            log.error("our subnet changed from %s to %s: another node has the old one now", lost.key, own.key)
+        self._unpublished = False
         self._moved(own)
-        # The notice of our own write is no new loss.
-        self._seen_change.clear()
-        await asyncio.sleep(_RECLAIM_SECONDS)
 
     async def _insist(self, call: Callable[[], Awaitable[T]], what: str) -> T:
         """Ask until the store answers; says so once."""

@@ -10,26 +10,24 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 
 from flannelpy import __version__, subnet_env
-from flannelpy.backend import Backend, Facts, load
-from flannelpy.claim import Claim
-from flannelpy.errors import FlannelpyError, KernelError, UplinkError
+from flannelpy.backend import Backend, load
+from flannelpy.errors import FlannelpyError, KernelError
 from flannelpy.health import Health
 from flannelpy.kernel import instance
 from flannelpy.kernel.linux import LinuxKernel, require_privileges
 from flannelpy.log import setup as setup_log
-from flannelpy.model.config import EXAMPLE_CONFIG, ConfigError, NetworkConfig, overlap_warnings, parse_config
+from flannelpy.model.config import EXAMPLE_CONFIG, ConfigError, NetworkConfig, parse_config
 from flannelpy.model.kernel import Scope
-from flannelpy.model.lease import Lease, LeaseAttrs
-from flannelpy.model.subnet import Previous
-from flannelpy.model.uplink import NoUplink, Uplink, Wish, choose
+from flannelpy.model.uplink import Wish
+from flannelpy.node import Node, Parts
 from flannelpy.notify import Notify
-from flannelpy.reconcile import Reconciler
 from flannelpy.settings import Settings, describe
 from flannelpy.store import Store
 
@@ -99,171 +97,55 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         stack.enter_context(instance.lock(f"network {settings.etcd_prefix}"))
         store = await stack.enter_async_context(_store(settings, health, notify))
         config, backend = await _learn_network(store, notify)
-        kernel = LinuxKernel()
-        stack.callback(kernel.close)
-        for device in _own_devices(backend, config):
+        host = LinuxKernel()
+        stack.callback(host.close)
+        for device in backend.devices:
             stack.enter_context(instance.lock(f"device {device}"))
-        node = _Node(settings, notify, health, store, config, backend, kernel)
-        await node.live()
-
-
-class _Node:
-    """The parts of one running node, wired together."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        notify: Notify,
-        health: Health,
-        store: Store,
-        config: NetworkConfig,
-        backend: Backend,
-        kernel: LinuxKernel,
-    ) -> None:
-        self._settings = settings
-        self._notify = notify
-        self._health = health
-        self._store = store
-        self._config = config
-        self._backend = backend
-        self._kernel = kernel
-        self._random = Random()  # noqa: S311  # spreads load, guards nothing
-        self._facts = self._learn_facts()
-        self._reconciler: Reconciler | None = None
-
-    async def live(self) -> None:
-        """From the claim on a subnet to the end."""
-        settings = self._settings
+        found = host.observe(Scope(frozenset(backend.devices), ()), devices_only=True)
+        instance.refuse_flannel(settings.etcd_prefix, [key[1] for key in found.addresses])
         previous, warning = subnet_env.read(settings.subnet_file)
         if warning:
             log.warning("%s", warning)
-        claim = Claim(
-            self._store,
-            self._config,
-            self._offer,
-            previous,
-            settings.subnet_lease_renew_margin,
-            self._random,
-            self._moved,
+        notify.status("claiming a subnet")
+
+        def ready(text: str) -> None:
+            notify.ready()
+            notify.status(text)
+            log.info("ready: %s", text)
+
+        parts = Parts(
+            store=store,
+            host=host,
+            config=config,
+            backend=backend,
+            wish=Wish(
+                settings.iface,
+                settings.iface_regex,
+                settings.iface_can_reach,
+                settings.public_ip,
+                settings.public_ipv6,
+            ),
+            host_id=f"{settings.etcd_prefix}|{_machine_id()}",
+            previous=previous,
+            margin_minutes=settings.subnet_lease_renew_margin,
+            write_subnet_env=partial(_write_subnet_env, settings.subnet_file),
+            ip_masq=settings.ip_masq,
+            on_ready=ready,
+            health=health,
+            random=Random(),  # noqa: S311  # spreads load, guards nothing
         )
-        self._notify.status("claiming a subnet")
-        own = await claim.take()
-        log.info("our lease is %s", own.key)
-        self._reconciler = Reconciler(
-            self._kernel,
-            self._backend,
-            self._config,
-            self._facts,
-            own,
-            self._scope(previous),
-            self._health,
-            self._random,
-        )
-        self._reconciler.prepare()
-        self._write_subnet_env(own)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow(self._reconciler, claim), name="follow the peers")
-            tasks.create_task(self._reconciler.run(), name="reconcile")
-            tasks.create_task(claim.keep(), name="keep the lease")
-            tasks.create_task(self._tell_ready(self._reconciler, own), name="tell when ready")
-            self._warn_of_overlaps(own)
+        await Node(parts).live()
 
-    async def _follow(self, reconciler: Reconciler, claim: Claim) -> None:
-        async for update in self._store.watch():
-            claim.notice(update)
-            reconciler.offer(update)
 
-    async def _tell_ready(self, reconciler: Reconciler, own: Lease) -> None:
-        await reconciler.first_pass_done.wait()
-        self._health.ready = True
-        self._notify.ready()
-        text = (
-            f"{own.key} on {', '.join(_own_devices(self._backend, self._config))}, {self._health.peers} peers"
-        )
-        self._notify.status(text)
-        log.info("ready: %s", text)
-
-    # --- facts -------------------------------------------------------------------------------------------
-
-    def _learn_facts(self) -> Facts:
-        uplink = self._choose_uplink()
-        found = self._kernel.observe(Scope(frozenset(self._backend.devices), ()), devices_only=True)
-        instance.refuse_flannel(self._settings.etcd_prefix, [key[1] for key in found.addresses])
-        host_id = f"{self._settings.etcd_prefix}|{_machine_id()}"
-        facts = Facts(uplink, found.links, host_id=host_id)
-        try:
-            self._backend.mtu(facts)
-        except ValueError as error:
-            raise UplinkError(str(error)) from None
-        return facts
-
-    def _choose_uplink(self) -> Uplink:
-        settings = self._settings
-        wish = Wish(
-            settings.iface,
-            settings.iface_regex,
-            settings.iface_can_reach,
-            settings.public_ip,
-            settings.public_ipv6,
-        )
-        try:
-            uplink, reason = choose(
-                wish,
-                self._config.enable_ipv4,
-                self._config.enable_ipv6,
-                self._kernel.interfaces(),
-                self._kernel.default_routes(),
-                self._kernel.route_to,
-            )
-        except NoUplink as error:
-            raise UplinkError(str(error)) from None
-        log.info("uplink %s", reason)
-        return uplink
-
-    def _offer(self, remembered: Lease | None, others: Sequence[Lease]) -> LeaseAttrs:
-        attrs, warnings = self._backend.attrs(self._facts, remembered, others)
-        for warning in warnings:
-            log.warning("%s", warning)
-        return attrs
-
-    def _scope(self, previous: Previous) -> Scope:
-        networks = [self._config.network, self._config.network6, previous.network, previous.network6]
-        return Scope(
-            frozenset(self._backend.devices),
-            tuple(network for network in networks if network is not None),
-            takeover=tuple(net for net in (self._config.network, self._config.network6) if net is not None),
-            takeover_lengths=(self._config.subnet_len, self._config.subnet6_len),
-        )
-
-    def _warn_of_overlaps(self, own: Lease) -> None:
-        """The classic mistake: an overlay network that this host's own network is part of."""
-        addresses = [
-            (interface.name, address.prefix)
-            for interface in self._kernel.interfaces()
-            for address in interface.addresses
-        ]
-        ours = frozenset(self._backend.devices)
-        for warning in overlap_warnings(self._config, addresses, self._kernel.routed(), ours, own.subnets()):
-            log.warning("%s", warning)
-
-    # --- outcomes ----------------------------------------------------------------------------------------
-
-    def _moved(self, own: Lease) -> None:
-        if self._reconciler is not None:
-            self._reconciler.move(own)
-            self._write_subnet_env(own)
-
-    def _write_subnet_env(self, own: Lease) -> None:
-        path = self._settings.subnet_file
-        text = subnet_env.render(self._config, own, self._backend.mtu(self._facts), self._settings.ip_masq)
-        try:
-            subnet_env.write(path, text)
-        except OSError as error:
-            raise FlannelpyError(
-                f"cannot write {path}: {error.strerror}; Docker and CNI wait for it:"
-                " make its folder writable or choose another --subnet-file"
-            ) from error
-        log.info("wrote %s: %s", path, " ".join(text.split()))
+def _write_subnet_env(path: str, text: str) -> None:
+    try:
+        subnet_env.write(path, text)
+    except OSError as error:
+        raise FlannelpyError(
+            f"cannot write {path}: {error.strerror}; Docker and CNI wait for it:"
+            " make its folder writable or choose another --subnet-file"
+        ) from error
+    log.info("wrote %s: %s", path, " ".join(text.split()))
 
 
 @asynccontextmanager
@@ -316,13 +198,6 @@ async def _learn_network(store: Store, notify: Notify) -> tuple[NetworkConfig, B
                 log.warning("waiting: %s", problem)
                 notify.status(f"waiting: {problem}")
     raise KernelError("the store gave up watching the network config")  # pragma: no cover
-
-
-def _own_devices(backend: Backend, config: NetworkConfig) -> tuple[str, ...]:
-    """The devices of the enabled families."""
-    return tuple(
-        device for device in backend.devices if (config.enable_ipv6 if "v6" in device else config.enable_ipv4)
-    )
 
 
 def _machine_id() -> str:

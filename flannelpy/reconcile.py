@@ -1,21 +1,22 @@
 """The loop: facts -> what should be -> what to do about it -> do it -> facts.
 
-Wake-ups carry no orders. A lease update changes the peers and marks what they need as dirty, a timer marks
-everything; the loop then compares and applies the difference. One task runs this and owns all its state.
+Wake-ups carry no orders. What the store says changes the peers, what the kernel announces changes our picture
+of it, a timer doubts everything; the loop then compares and applies the difference. One task runs this and
+owns all its state.
 """
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from flannelpy.backend import Backend, Facts
 from flannelpy.errors import KernelError
 from flannelpy.health import Health
 from flannelpy.model.address import Address
 from flannelpy.model.config import NetworkConfig
-from flannelpy.model.kernel import Item, Link, Scope, State
+from flannelpy.model.kernel import Appeared, Item, Link, Notice, Scope, Shaken, State
 from flannelpy.model.lease import Lease, LeaseUpdate, Snapshot
 from flannelpy.model.peers import Peers
 from flannelpy.model.plan import Op, Remove, plan, plan_part
@@ -27,9 +28,11 @@ _SLICE = 3000
 _NAMED = 20
 """Bad records that are named one by one when they come at once."""
 _RESYNC_SECONDS = (45.0, 75.0)
-"""A full comparison this often, somewhere in between: what no notification told is found."""
+"""A full comparison this often, somewhere in between: what was not announced is found."""
 _RETRY_SECONDS = (1.0, 60.0)
 """After a refusal by the kernel: first and longest wait before the next full pass."""
+_BREATH = 4.0
+"""Between full passes, at least this many times what the last one took: a storm costs a fifth of a core."""
 
 
 class Failure(Protocol):
@@ -45,7 +48,7 @@ class Kernel(Protocol):
     """What the loop needs from the machine; `kernel.linux.LinuxKernel` is the real one."""
 
     def observe(self, scope: Scope, *, devices_only: bool = False) -> State:
-        """All that is ours as it is now; or just our devices with their addresses."""
+        """All that is ours as it is now; or just our devices with their addresses. May raise OSError."""
         ...
 
     def apply(self, ops: list[Op]) -> Sequence[Failure]:
@@ -57,8 +60,19 @@ class Kernel(Protocol):
         ...
 
 
+class Work(NamedTuple):
+    """What has come in since the last pass."""
+
+    updates: list[LeaseUpdate]
+    notices: list[Notice]
+    moved: bool
+    """Our own lease changed."""
+    since: float
+    """When the first of it came in, on the loop's clock."""
+
+
 class Reconciler:
-    """Keeps the kernel what the leases say."""
+    """Keeps the kernel what the leases say. `learn` tells the facts afresh after the uplink was shaken."""
 
     def __init__(
         self,
@@ -70,26 +84,33 @@ class Reconciler:
         scope: Scope,
         health: Health,
         random: Random,
+        learn: Callable[[Facts], Facts],
     ) -> None:
         self._kernel = kernel
         self._backend = backend
-        self._config = config
         self._facts = facts
         self._own = own
-        self._scope = scope
+        self._scope = scope._replace(uplink=facts.uplink.name)
         self._health = health
         self._random = random
+        self._learn = learn
         self._peers = Peers(config, own, self._needs)
         self._observed = State()
-        self._updates: asyncio.Queue[LeaseUpdate | None] = asyncio.Queue()
+        self._inbox: asyncio.Queue[tuple[LeaseUpdate | list[Notice] | None, float]] = asyncio.Queue()
         self._retry = 0.0
+        self._not_before = 0.0
         self._said: dict[str, str] = {}
         self.first_pass_done = asyncio.Event()
         """Set after the first whole pass over the peers."""
 
-    def offer(self, update: LeaseUpdate) -> None:
-        """Hand over what the store said."""
-        self._updates.put_nowait(update)
+    def offer(self, news: LeaseUpdate | list[Notice] | None) -> None:
+        """Hand over what the store said or what the kernel announced; None = look at everything."""
+        self._inbox.put_nowait((news, asyncio.get_running_loop().time()))
+
+    def move(self, own: Lease) -> None:
+        """Our lease changed: another subnet, or other attributes."""
+        self._own = own
+        self.offer(None)
 
     def prepare(self) -> None:
         """Make our own devices and addresses stand, before any peer is known. Raises KernelError.
@@ -101,56 +122,106 @@ class Reconciler:
         for _attempt in range(4):
             observed = self._kernel.observe(self._scope, devices_only=True)
             self._facts = self._facts._replace(links=observed.links)
-            ops = self._wanted_now(plan(self._backend.own(self._own, self._facts), observed))
+            ops = _wanted_now(plan(self._backend.own(self._own, self._facts), observed))
             if not ops:
                 return
             failures = self._kernel.apply(ops)
             problem = "; ".join(map(str, failures)) or f"{ops[0]}: something undid it at once"
         raise KernelError(f"cannot set up the overlay's device: {problem}")
 
-    def move(self, own: Lease) -> None:
-        """Our lease changed (another subnet, or other attributes)."""
-        self._own = own
-        self._updates.put_nowait(None)
-
     async def run(self) -> None:
-        """Follow the updates for ever."""
+        """Follow what comes in, for ever."""
         while True:
-            updates, full = await self._wait()
-            touched = State()
-            for update in updates:
-                self._ask_on_link(update)
-                change = self._peers.update(update)
-                self._note_records(update)
-                touched.update(change.touched)
-                full = full or change.full
-            if full or not self.first_pass_done.is_set():
-                await self._full_pass("leases changed" if updates else "resync")
-            elif len(touched):
-                await self._apply(plan_part(self._peers.state, self._observed, touched), "leases changed")
-            if self._peers.synced:
-                self.first_pass_done.set()
+            work = await self._gather()
+            try:
+                await self._pass(work)
+            except (OSError, ValueError) as error:
+                # A device that vanishes while its tables are read, an uplink that is too small now.
+                self._back_off()
+                log.warning("cannot reconcile: %s; trying again in %.0f s", error, self._retry)
 
-    async def _wait(self) -> tuple[list[LeaseUpdate], bool]:
-        """All updates that are there, as soon as there is one, and whether everything must be compared."""
+    async def _gather(self) -> Work:
+        """All that is there as soon as there is something, or nothing when it is time to doubt everything."""
+        loop = asyncio.get_running_loop()
         delay = self._retry or self._random.uniform(*_RESYNC_SECONDS)
+        found = []
         try:
             async with asyncio.timeout(delay):
-                found = [await self._updates.get()]
+                found.append(await self._inbox.get())
         except TimeoutError:
-            return [], True
-        while not self._updates.empty():
-            found.append(self._updates.get_nowait())
-        updates = [update for update in found if update is not None]
-        moved = len(updates) < len(found)
-        if moved:
-            self._peers.rebase(self._own, self._needs)
-        return updates, moved
+            return Work([], [Shaken("resync")], moved=False, since=loop.time())
+        while not self._inbox.empty():
+            found.append(self._inbox.get_nowait())
+        work = Work([], [], any(news is None for news, _since in found), found[0][1])
+        for news, _since in found:
+            if isinstance(news, list):
+                work.notices.extend(news)
+            elif news is not None:
+                work.updates.append(news)
+        return work
 
     # --- passes ------------------------------------------------------------------------------------------
 
-    async def _full_pass(self, cause: str) -> None:
+    async def _pass(self, work: Work) -> None:
+        """Take in what came, compare as much as that calls for, apply the difference."""
+        touched = State()
+        shaken = [notice.cause for notice in work.notices if isinstance(notice, Shaken)]
+        drifted = self._take_in_notices(work.notices, touched)
+        if work.moved:
+            self._peers.rebase(self._own, self._needs)
+        full = bool(shaken) or work.moved
+        for update in work.updates:
+            self._ask_on_link(update)
+            change = self._peers.update(update)
+            self._note_records(update)
+            touched.update(change.touched)
+            full = full or change.full
+        if full or not self.first_pass_done.is_set():
+            cause = shaken[0] if shaken else "leases changed" if work.updates else "our lease changed"
+            await self._full_pass(cause, learn=bool(shaken), since=work.since, drift=bool(shaken or drifted))
+        elif len(touched):
+            own = self._backend.own(self._own, self._facts)
+            ops = plan_part([own, self._peers.state], self._observed, touched)
+            cause = drifted[0] if drifted else "leases changed"
+            await self._apply(ops, cause, since=work.since, drift=bool(drifted))
+        if self._peers.synced:
+            self.first_pass_done.set()
+
+    def _take_in_notices(self, notices: Sequence[Notice], touched: State) -> list[str]:
+        """Bring our picture of the kernel up to date; what differs from it was somebody else's doing."""
+        causes = []
+        for notice in notices:
+            if isinstance(notice, Shaken):
+                continue
+            item = notice.item
+            table = self._observed.table(item)
+            known = table.get(item.key)
+            if isinstance(notice, Appeared):
+                if known == item or (known is None and not self._concerns(item)):
+                    continue  # our own echo, or none of our business
+                table[item.key] = item
+                causes.append(f"{item} was {'changed' if known is not None else 'added'} by somebody")
+            else:
+                if known is None:
+                    continue  # we removed it ourselves
+                del table[item.key]
+                causes.append(f"{known} was removed by somebody")
+            touched.add([item])
+        return causes
+
+    def _concerns(self, item: Item) -> bool:
+        """Whether an object that we did not know is ours to remove, or stands where one of ours should."""
+        if not getattr(item, "permanent", True):
+            return False  # what the kernel learns by itself comes and goes
+        return self._scope.owns(item) or item.key in self._peers.state.table(item)
+
+    async def _full_pass(self, cause: str, *, learn: bool, since: float, drift: bool) -> None:
         """Read everything, compare everything."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(0.0, self._not_before - loop.time()))
+        began = loop.time()
+        if learn:
+            self._learn_again()
         observed = self._kernel.observe(self._scope)
         self._scope = self._scope._replace(takeover=())
         self._observed = observed
@@ -160,10 +231,11 @@ class Reconciler:
         desired.update(self._peers.state)
         ops = plan(desired, observed)
         if not self._peers.synced:
-            ops = self._wanted_now(ops)
-        await self._apply(ops, cause)
+            ops = _wanted_now(ops)
+        await self._apply(ops, cause, since=since, drift=drift)
+        self._not_before = loop.time() + _BREATH * (loop.time() - began)
 
-    async def _apply(self, ops: list[Op], cause: str) -> None:
+    async def _apply(self, ops: list[Op], cause: str, *, since: float, drift: bool) -> None:
         failures: list[Failure] = []
         for start in range(0, len(ops), _SLICE):
             part = ops[start : start + _SLICE]
@@ -183,36 +255,34 @@ class Reconciler:
         health.operations += len(ops) - len(failures)
         health.failures += len(failures)
         health.peers = self._peers.programmed()
-        if ops:
-            log.info("%s: %s", cause, _summary(ops, failures))
-        self._after_failures(failures)
-
-    def _after_failures(self, failures: list[Failure]) -> None:
-        """What was refused stays in the difference: look again soon, at growing intervals."""
-        if not failures:
+        if ops and drift:
+            seconds = asyncio.get_running_loop().time() - since
+            health.note_repair(ops, seconds)
+            log.warning("repaired in %.0f ms: %s (%s)", seconds * 1000, summary(ops, failures), cause)
+        elif ops:
+            log.info("%s: %s", cause, summary(ops, failures))
+        if failures:
+            self._back_off()
+            self._name_failures(failures)
+        else:
             self._retry = 0.0
-            return
+
+    def _back_off(self) -> None:
+        """What was refused stays in the difference: look again soon, at growing intervals."""
         first, longest = _RETRY_SECONDS
         self._retry = min(longest, self._retry * 2 or first)
-        for failure in failures[:5]:
-            log.warning("the kernel refused: %s; trying again in %.0f s", failure, self._retry)
-        if len(failures) > 5:
-            log.warning("the kernel refused %d more operations", len(failures) - 5)
-
-    @staticmethod
-    def _wanted_now(ops: list[Op]) -> list[Op]:
-        """Before the first snapshot an absent peer means nothing: remove only what must be made anew."""
-        remade = {op.item.name for op in ops if not isinstance(op, Remove) and isinstance(op.item, Link)}
-        return [
-            op
-            for op in ops
-            if not isinstance(op, Remove) or (isinstance(op.item, Link) and op.item.name in remade)
-        ]
 
     # --- facts -------------------------------------------------------------------------------------------
 
     def _needs(self, lease: Lease) -> tuple[tuple[Item, ...], str | None]:
         return self._backend.peer(lease, self._facts)
+
+    def _learn_again(self) -> None:
+        facts = self._learn(self._facts)
+        if facts.uplink != self._facts.uplink:
+            self._facts = facts
+            self._scope = self._scope._replace(uplink=facts.uplink.name)
+            self._peers.rebase(self._own, self._needs)
 
     def _ask_on_link(self, update: LeaseUpdate) -> None:
         """For a backend that routes directly: which of these peers need no gateway."""
@@ -234,6 +304,12 @@ class Reconciler:
             self._peers.rebase(self._own, self._needs)
 
     # --- words -------------------------------------------------------------------------------------------
+
+    def _name_failures(self, failures: Sequence[Failure]) -> None:
+        for failure in failures[:5]:
+            log.warning("the kernel refused: %s; trying again in %.0f s", failure, self._retry)
+        if len(failures) > 5:
+            log.warning("the kernel refused %d more operations", len(failures) - 5)
 
     def _note_records(self, update: LeaseUpdate) -> None:
         """Name each record that is not programmed, once per reason."""
@@ -265,7 +341,17 @@ class Reconciler:
             )
 
 
-def _summary(ops: list[Op], failures: list[Failure]) -> str:
+def _wanted_now(ops: list[Op]) -> list[Op]:
+    """Before the first snapshot an absent peer means nothing: remove only what must be made anew."""
+    remade = {op.item.name for op in ops if not isinstance(op, Remove) and isinstance(op.item, Link)}
+    return [
+        op
+        for op in ops
+        if not isinstance(op, Remove) or (isinstance(op.item, Link) and op.item.name in remade)
+    ]
+
+
+def summary(ops: Sequence[Op], failures: Sequence[Failure] = ()) -> str:
     """One sentence: what was done."""
     if len(ops) == 1 and not failures:
         return str(ops[0])

@@ -8,16 +8,19 @@ routes for good, while plain routes come back with the carrier.
 """
 
 import errno
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
+from contextlib import aclosing
+from functools import partial
 
 from flannelpy.errors import KernelError
 from flannelpy.kernel import codec, replies
 from flannelpy.kernel.codec import Message
 from flannelpy.kernel.links import GONE, Failure, Links, link_of
+from flannelpy.kernel.monitor import Monitor, View
 from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
 from flannelpy.kernel.nexthop import Nexthops
 from flannelpy.kernel.replies import RouteInfo
-from flannelpy.model.address import Address, Prefix, is_link_local
+from flannelpy.model.address import Address, Prefix
 from flannelpy.model.kernel import (
     PROTOCOL_BOOT,
     PROTOCOL_KERNEL,
@@ -26,9 +29,11 @@ from flannelpy.model.kernel import (
     FdbEntry,
     Link,
     Neighbour,
+    Notice,
     Route,
     Scope,
     State,
+    is_kernels_own,
 )
 from flannelpy.model.plan import Op, Put, Remove
 from flannelpy.model.uplink import DefaultRoute, Interface, InterfaceAddress
@@ -42,10 +47,33 @@ class LinuxKernel:
         self._links = Links(self._netlink)
         self._nexthops = Nexthops()
         self._use_nexthops = True
+        self._scope = Scope(frozenset(), ())
+        self._monitor: Monitor | None = None
 
     def close(self) -> None:
         """Give the sockets back."""
         self._netlink.close()
+        if self._monitor is not None:
+            self._monitor.close()
+
+    def subscribe(self) -> None:
+        """Begin to listen; before the first `observe`, so that nothing happens unseen between the two."""
+        self._monitor = Monitor(self._view, self._netlink.port)
+
+    async def changes(self) -> AsyncGenerator[list[Notice], None]:
+        """What is announced about the scope of the last `observe`."""
+        if self._monitor is None:
+            self.subscribe()
+        assert self._monitor is not None  # noqa: S101  # for the type checker
+        async with aclosing(self._monitor.notices()) as found:
+            async for notices in found:
+                yield notices
+
+    def _view(self) -> View:
+        links = {link.ifindex: link for link in self._links.by_name.values()}
+        ours = {index: link.name for index, link in links.items() if link.name in self._scope.devices}
+        names = {index: link.name for index, link in links.items()}
+        return View(self._scope, ours, links, partial(self._route, names=names))
 
     # --- questions ---------------------------------------------------------------------------------------
 
@@ -71,8 +99,8 @@ class LinuxKernel:
         """The default routes of both families in the main table, in the kernel's order."""
         return [
             DefaultRoute(route.destination.bits, route.ifindex, route.metric)
-            for route in self._main_routes(protocol=0)
-            if route.destination.length == 0 and route.type == codec.RTN_UNICAST
+            for route in self._main_routes(default_only=True)
+            if route.type == codec.RTN_UNICAST
         ]
 
     def routed(self) -> list[tuple[str, Prefix]]:
@@ -80,8 +108,8 @@ class LinuxKernel:
         names = {link.ifindex: name for name, link in self._links.read().items()}
         return [
             (names.get(route.ifindex, "?"), route.destination)
-            for route in self._main_routes(protocol=0)
-            if route.destination.length and not _is_kernels_own(route.destination)
+            for route in self._main_routes()
+            if route.destination.length and not is_kernels_own(route.destination)
         ]
 
     def route_to(self, address: Address) -> tuple[int, Address] | None:
@@ -93,6 +121,8 @@ class LinuxKernel:
 
     def on_link(self, addresses: Iterable[Address], device: str) -> frozenset[Address]:
         """Which of these the kernel reaches through that device without a gateway."""
+        if device not in self._links.by_name:
+            return frozenset()
         index = self._links.index(device)
         found = []
         for address in addresses:
@@ -111,6 +141,7 @@ class LinuxKernel:
 
     def observe(self, scope: Scope, *, devices_only: bool = False) -> State:
         """All that is ours, as the kernel has it now; or just our devices with their addresses."""
+        self._scope = scope
         links = self._links.read()
         names = {link.ifindex: name for name, link in links.items()}
         ours = {link.ifindex: name for name, link in links.items() if name in scope.devices}
@@ -118,8 +149,10 @@ class LinuxKernel:
         for name in ours.values():
             state.links[name] = link_of(links[name], names)
         for info in filter(None, map(replies.read_address, self._netlink.dump(codec.address_dump()))):
-            if info.ifindex in ours and not _is_kernels_own(info.prefix):
+            if info.ifindex in ours and not is_kernels_own(info.prefix):
                 state.add([DeviceAddress(ours[info.ifindex], info.prefix)])
+        if self._monitor is not None:
+            self._monitor.narrow(ours)
         if devices_only:
             return state
         for index, name in ours.items():
@@ -129,7 +162,7 @@ class LinuxKernel:
             for route in self._main_routes(index=index):
                 if route.nexthop:
                     self._nexthops.use((route.destination, route.metric), route.nexthop)
-                if route.protocol != PROTOCOL_KERNEL and not _is_kernels_own(route.destination):
+                if route.protocol != PROTOCOL_KERNEL and not is_kernels_own(route.destination):
                     state.add([self._route(route, names)])
         for route in self._routes_elsewhere(scope, ours):
             state.add([self._route(route, names)])
@@ -172,12 +205,14 @@ class LinuxKernel:
         return found
 
     def _main_routes(
-        self, *, index: int = 0, protocol: int = 0, skip: Collection[int] = ()
+        self, *, index: int = 0, protocol: int = 0, skip: Collection[int] = (), default_only: bool = False
     ) -> list[RouteInfo]:
         """The main table, by device, by protocol, and without the routes on some devices."""
         found = []
         for family in (codec.AF_INET, codec.AF_INET6):
             for body in self._netlink.dump(codec.route_dump(family, index=index, protocol=protocol)):
+                if default_only and body[1]:  # rtm_dst_len: do not read thousands of routes for one
+                    continue
                 if skip and codec.attribute_u32(body, 12, codec.RTA_OIF) in skip:
                     continue
                 route = replies.read_route(body)
@@ -287,22 +322,13 @@ class LinuxKernel:
 
 def _fdb_messages(op: Op, entry: FdbEntry, index: int) -> list[Message]:
     if isinstance(op, Remove):
-        return (
-            [codec.fdb_delete(index, entry.mac, None)]
-            if not entry.others
-            else [codec.fdb_delete(index, entry.mac, remote) for remote in (entry.remote, *entry.others)]
-        )
+        return [codec.fdb_delete(index, entry.mac, None)]  # with all its remotes
     messages = [codec.fdb_put(index, entry.mac, entry.remote)]
     if isinstance(op.was, FdbEntry) and op.was.others:
         # "replace" turned the first remote into ours, or found ours already there; the rest must go.
         surplus = {op.was.remote, *op.was.others} - {entry.remote}
         messages += [codec.fdb_delete(index, entry.mac, remote) for remote in sorted(surplus)]
     return messages
-
-
-def _is_kernels_own(prefix: Prefix) -> bool:
-    """Link-local and IPv6 multicast: what the kernel makes by itself on any device."""
-    return prefix.length > 0 and (is_link_local(prefix.address) or prefix.address[:1] == b"\xff")
 
 
 def require_privileges() -> None:

@@ -41,6 +41,8 @@ class NetlinkSocket:
             self._socket.setsockopt(_SOL_NETLINK, option, 1)
         enlarge_receive_buffer(self._socket)
         self._sequence = 0
+        self.port: int = self._socket.getsockname()[0]
+        """What the kernel's announcements of our own changes carry."""
 
     def close(self) -> None:
         """Give the socket back."""

@@ -14,6 +14,7 @@ from flannelpy.kernel.codec import (
     IFA_FLAGS,
     IFA_LOCAL,
     IFADDR,
+    IFF_LOWER_UP,
     IFF_UP,
     IFINFO,
     IFLA_ADDRESS,
@@ -64,6 +65,8 @@ class LinkInfo(NamedTuple):
     mac: Mac
     mtu: int
     up: bool
+    running: bool
+    """Has a carrier (IFF_LOWER_UP)."""
     kind: str
     vxlan: bytes
     """The raw IFLA_INFO_DATA of a VXLAN device."""
@@ -81,6 +84,7 @@ def read_link(body: bytes) -> LinkInfo:
         found.get(IFLA_ADDRESS, b""),
         _number(found.get(IFLA_MTU)),
         bool(flags & IFF_UP),
+        bool(flags & IFF_LOWER_UP),
         kind,
         info.get(IFLA_INFO_DATA, b"") if kind == "vxlan" else b"",
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
-from flannelpy.model.address import Address, Mac, Prefix, format_address, format_mac
+from flannelpy.model.address import Address, Mac, Prefix, format_address, format_mac, is_link_local
 
 ROUTE_PROTOCOL = 70
 """The `protocol` of our routes and nexthop objects (`ip route show proto 70`): ours without any memory."""
@@ -203,3 +203,43 @@ class Scope(NamedTuple):
     """Once at start: `proto boot` routes via a gateway inside these, a flannel's, count as ours too."""
     takeover_lengths: tuple[int, ...] = ()
     """... if the destination has exactly one of these lengths (a subnet's)."""
+    uplink: str = ""
+    """Not ours: only watched."""
+
+    def owns(self, item: Item) -> bool:
+        """Whether an object that was found is ours."""
+        if isinstance(item, Link):
+            return item.name in self.devices
+        if item.device in self.devices:
+            return True
+        return (
+            isinstance(item, Route)
+            and item.protocol == ROUTE_PROTOCOL
+            and any(network.contains(item.destination) for network in self.networks)
+        )
+
+
+class Appeared(NamedTuple):
+    """The kernel announced an object, new or changed."""
+
+    item: Item
+
+
+class Vanished(NamedTuple):
+    """The kernel announced that an object is gone."""
+
+    item: Item
+
+
+class Shaken(NamedTuple):
+    """Something happened after which everything must be looked at: the kernel does not announce it all."""
+
+    cause: str
+
+
+Notice: TypeAlias = Appeared | Vanished | Shaken
+
+
+def is_kernels_own(prefix: Prefix) -> bool:
+    """Link-local and IPv6 multicast: what the kernel makes by itself on any device."""
+    return prefix.length > 0 and (is_link_local(prefix.address) or prefix.address[:1] == b"\xff")

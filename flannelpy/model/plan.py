@@ -58,12 +58,16 @@ def plan(desired: State, observed: State) -> list[Op]:
     ]
 
 
-def plan_part(desired: State, observed: State, touched: State) -> list[Op]:
+def plan_part(desired: Iterable[State], observed: State, touched: State) -> list[Op]:
     """The same for the keys of a few objects: put what is desired under them, remove what is not.
 
-    One changed lease among 10,000 costs as much as one among ten. `touched` may not hold links.
+    `desired` may come in parts. One changed lease among 10,000 costs as much as one among ten. `touched` may
+    not hold links.
     """
-    return plan(_under(touched, desired), _under(touched, observed))
+    wanted = State()
+    for part in desired:
+        wanted.update(_under(touched, part))
+    return plan(wanted, _under(touched, observed))
 
 
 def _under(keys: State, state: State) -> State:

@@ -479,7 +479,7 @@ def test_an_overlap_with_the_hosts_own_network_is_warned_of(lab: Lab) -> None:
     lab.put_config({"Network": "192.168.0.0/16", "Backend": {"Type": "vxlan"}})
     daemon = lab.start_daemon(lab.add_node())
     wait_ready([daemon])
-    assert "192.168.77.1/24 on eth0 overlaps Network 192.168.0.0/16" in log_of(daemon)
+    wait_for_log(daemon, "192.168.77.1/24 on eth0 overlaps Network 192.168.0.0/16")
 
 
 def test_json_log(lab: Lab) -> None:

@@ -1,0 +1,237 @@
+"""What the kernel announces about the objects that are ours, and about the uplink.
+
+A notification is no order. It says what was seen: an object put or removed, or that something shook so much
+that everything must be looked at afresh. netlink does not announce everything: routes and nexthops that die
+with their device's carrier, with link down or with a deleted nexthop are silent, and a new MAC silently
+empties the neighbours. So whatever happens to a device of ours, or to the uplink, counts as such a shake.
+"""
+
+import asyncio
+import errno
+import socket
+import struct
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import suppress
+from typing import NamedTuple
+
+from flannelpy.kernel import codec, replies
+from flannelpy.kernel.netlink import enlarge_receive_buffer
+from flannelpy.kernel.replies import LinkInfo, RouteInfo
+from flannelpy.model.kernel import (
+    PROTOCOL_KERNEL,
+    ROUTE_PROTOCOL,
+    Appeared,
+    DeviceAddress,
+    FdbEntry,
+    Item,
+    Neighbour,
+    Notice,
+    Route,
+    Scope,
+    Shaken,
+    Vanished,
+    is_kernels_own,
+)
+
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
+_GROUPS = (1, 3, 5, 7, 9, 11, 32)
+"""RTNLGRP_ LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE, NEXTHOP."""
+_SO_ATTACH_FILTER = 26
+_READS = 500
+"""Datagrams taken before other tasks get their turn."""
+
+
+class View(NamedTuple):
+    """What is needed to tell what a message is about."""
+
+    scope: Scope
+    ours: dict[int, str]
+    """The devices in the scope that exist: index -> name."""
+    links: dict[int, LinkInfo]
+    """All links as last read."""
+    route: Callable[[RouteInfo], Route]
+
+
+class Monitor:
+    """A socket in the kernel's multicast groups. `port` is that of our requests, whose echoes are no news."""
+
+    def __init__(self, view: Callable[[], View], port: int) -> None:
+        self._view = view
+        self._port = port
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.setblocking(False)
+        enlarge_receive_buffer(self._socket)
+        self._narrowed: frozenset[int] | None = None
+        self.narrow(())
+        self._socket.bind((0, 0))
+        for group in _GROUPS:
+            with suppress(OSError):  # the nexthop group is younger than Linux 5.2
+                self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._socket.close()
+
+    def narrow(self, devices: Iterable[int]) -> None:
+        """Let the kernel drop echoes, and neighbours of other devices: a busy host has thousands a second."""
+        wanted = frozenset(devices)
+        if wanted == self._narrowed:
+            return
+        self._narrowed = wanted
+        import ctypes  # 5 ms, and not needed before the network stands
+
+        program = ctypes.create_string_buffer(_filter(wanted, self._port))
+        fprog = struct.pack("@HP", (len(program) - 1) // 8, ctypes.addressof(program))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
+
+    async def notices(self) -> AsyncGenerator[list[Notice], None]:
+        """What was announced, as it comes, for ever."""
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+        loop.add_reader(self._socket, arrived.set)
+        try:
+            while True:
+                await arrived.wait()
+                arrived.clear()
+                found = self._read()
+                if found:
+                    yield found
+        finally:
+            loop.remove_reader(self._socket)
+
+    def _read(self) -> list[Notice]:
+        found: list[Notice] = []
+        view = self._view()
+        for _number in range(_READS):
+            try:
+                data = self._socket.recv(1 << 16)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                found.append(Shaken("notifications were lost"))
+                continue
+            for kind, _flags, _sequence, body in codec.messages(data):
+                notice = read(view, kind, body)
+                if notice is not None:
+                    found.append(notice)
+        return found
+
+
+def _filter(devices: frozenset[int], port: int) -> bytes:
+    """A classic BPF program over one netlink message (linux/filter.h): 0 = drop.
+
+    It loads in network order, so what is in host order is compared turned round.
+    """
+
+    def turned(layout: str, value: int) -> int:
+        return int.from_bytes(struct.pack(f"={layout}", value))
+
+    load_word, load_half, equal, result = 0x20, 0x28, 0x15, 0x06
+    count = len(devices)
+    program = [
+        (load_word, 0, 0, 12),  # nlmsg_pid
+        (equal, 5 + count, 0, turned("I", port)),  # -> drop
+        (load_half, 0, 0, 4),  # nlmsg_type
+        (equal, 1, 0, turned("H", codec.RTM_NEWNEIGH)),
+        (equal, 0, 3 + count, turned("H", codec.RTM_DELNEIGH)),  # otherwise -> keep
+        (load_word, 0, 0, 20),  # ndm_ifindex
+        *((equal, count - position + 1, 0, turned("I", index)) for position, index in enumerate(devices)),
+        (result, 0, 0, 0),
+        (result, 0, 0, 0),
+        (result, 0, 0, 0xFFFFFFFF),
+    ]
+    return b"".join(struct.pack("=HBBI", *line) for line in program)
+
+
+_LINK = (codec.RTM_NEWLINK, codec.RTM_DELLINK)
+
+
+def read(view: View, kind: int, body: bytes) -> Notice | None:
+    """One message, or None if it is none of our business. Pure."""
+    if kind in _LINK:
+        return _link(view, kind, body)
+    if kind in (codec.RTM_NEWADDR, codec.RTM_DELADDR):
+        return _address(view, body, gone=kind == codec.RTM_DELADDR)
+    if kind in (codec.RTM_NEWNEIGH, codec.RTM_DELNEIGH):
+        return _neighbour(view, body, gone=kind == codec.RTM_DELNEIGH)
+    if kind in (codec.RTM_NEWROUTE, codec.RTM_DELROUTE):
+        return _route(view, body, gone=kind == codec.RTM_DELROUTE)
+    if kind == codec.RTM_DELNEXTHOP:
+        info = replies.read_nexthop(body)
+        if info.ifindex in view.ours or info.protocol == ROUTE_PROTOCOL:
+            return Shaken(f"nexthop object {info.number} was deleted")
+    return None
+
+
+def _link(view: View, kind: int, body: bytes) -> Notice | None:
+    info = replies.read_link(body)
+    known = view.links.get(info.ifindex)
+    name = known.name if known else info.name
+    ours = info.ifindex in view.ours or info.name in view.scope.devices
+    is_uplink = view.scope.uplink in (name, info.name)
+    if not ours and not is_uplink:
+        return None
+    what = f"device {name}" if ours else f"uplink {name}"
+    if kind == codec.RTM_DELLINK:
+        return Shaken(f"{what} was deleted")
+    if known is None:
+        return Shaken(f"{what} appeared")
+    for word, before, now in (
+        ("name", known.name, info.name),
+        ("MTU", known.mtu, info.mtu),
+        ("MAC", known.mac, info.mac),
+        ("state", known.up, info.up),
+        ("carrier", known.running, info.running),
+        ("attributes", known.vxlan, info.vxlan or known.vxlan),
+    ):
+        if before != now:
+            return Shaken(f"the {word} of {what} changed")
+    return None
+
+
+def _address(view: View, body: bytes, *, gone: bool) -> Notice | None:
+    info = replies.read_address(body)
+    if info is None:
+        return None
+    if info.ifindex in view.ours:
+        if is_kernels_own(info.prefix):
+            return None
+        item = DeviceAddress(view.ours[info.ifindex], info.prefix)
+        return _notice(item, gone)
+    known = view.links.get(info.ifindex)
+    if known is not None and known.name == view.scope.uplink and not is_kernels_own(info.prefix):
+        return Shaken(f"an address of uplink {known.name} changed")
+    return None
+
+
+def _neighbour(view: View, body: bytes, *, gone: bool) -> Notice | None:
+    info = replies.read_neighbour(body)
+    name = view.ours.get(info.ifindex)
+    if name is None or not info.address or info.address[:1] == b"\xff":
+        return None
+    permanent = bool(info.state & codec.NUD_PERMANENT)
+    item: FdbEntry | Neighbour
+    if info.family == codec.AF_BRIDGE:
+        item = FdbEntry(name, info.mac, info.address, (), permanent)
+    else:
+        item = Neighbour(name, info.address, info.mac, permanent)
+    return _notice(item, gone)
+
+
+def _route(view: View, body: bytes, *, gone: bool) -> Notice | None:
+    info = replies.read_route(body)
+    if info is None or info.table != codec.RT_TABLE_MAIN or info.protocol == PROTOCOL_KERNEL:
+        return None
+    if is_kernels_own(info.destination):
+        return None
+    inside = any(network.contains(info.destination) for network in view.scope.networks)
+    if info.ifindex not in view.ours and not inside:
+        return None
+    item = view.route(info)
+    return _notice(item, gone)
+
+
+def _notice(item: Item, gone: bool) -> Notice:
+    return Vanished(item) if gone else Appeared(item)

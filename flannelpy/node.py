@@ -1,0 +1,230 @@
+"""One node's life, given its parts: claim a subnet, prepare the device, write subnet.env, follow the peers.
+
+Everything that touches the outside comes in from `daemon.py`, so a simulation can run many of these.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from random import Random
+from typing import NamedTuple, Protocol
+
+from flannelpy import subnet_env
+from flannelpy.backend import Backend, Facts
+from flannelpy.claim import Claim
+from flannelpy.errors import UplinkError
+from flannelpy.health import Health
+from flannelpy.model.address import Address, Prefix
+from flannelpy.model.config import NetworkConfig, overlap_warnings
+from flannelpy.model.kernel import Notice, Scope
+from flannelpy.model.lease import Lease, LeaseAttrs
+from flannelpy.model.subnet import Previous
+from flannelpy.model.uplink import DefaultRoute, Interface, NoUplink, Uplink, Wish, choose
+from flannelpy.reconcile import Kernel, Reconciler
+from flannelpy.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class Host(Kernel, Protocol):
+    """The machine: what the reconciler needs of it, and what there is to know about it."""
+
+    def subscribe(self) -> None:
+        """Begin to listen for changes, before anything is read."""
+        ...
+
+    def changes(self) -> AsyncGenerator[list[Notice], None]:
+        """What is announced, for ever."""
+        ...
+
+    def interfaces(self) -> list[Interface]:
+        """All links with their addresses."""
+        ...
+
+    def default_routes(self) -> list[DefaultRoute]:
+        """The default routes of the main table."""
+        ...
+
+    def routed(self) -> list[tuple[str, Prefix]]:
+        """(device, destination) of the main table's other routes."""
+        ...
+
+    def route_to(self, address: Address) -> tuple[int, Address] | None:
+        """(output device's index, source address) on the way to an address."""
+        ...
+
+
+class Parts(NamedTuple):
+    """What a node is made of."""
+
+    store: Store
+    host: Host
+    config: NetworkConfig
+    backend: Backend
+    wish: Wish
+    """What the operator says about the uplink."""
+    host_id: str
+    previous: Previous
+    """What subnet.env said."""
+    margin_minutes: int
+    write_subnet_env: Callable[[str], None]
+    ip_masq: bool
+    on_ready: Callable[[str], None]
+    """Told, in one line, when the node is ready."""
+    health: Health
+    random: Random
+
+
+class Node:
+    """A node of the overlay. Raises UplinkError at once if there is no usable uplink."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        parts.host.subscribe()
+        self._facts = self._first_facts()
+        self._claim = Claim(
+            parts.store,
+            parts.config,
+            self._offer,
+            parts.previous,
+            parts.margin_minutes,
+            parts.random,
+            self._moved,
+        )
+        self._reconciler: Reconciler | None = None
+        self._env = ""
+
+    async def live(self) -> None:
+        """From the claim on a subnet to the end."""
+        parts = self._parts
+        own = await self._claim.take()
+        log.info("our lease is %s", own.key)
+        reconciler = self._reconciler = Reconciler(
+            parts.host,
+            parts.backend,
+            parts.config,
+            self._facts,
+            own,
+            self._scope(),
+            parts.health,
+            parts.random,
+            self._learn,
+        )
+        reconciler.prepare()
+        self._write_subnet_env(own)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow_store(reconciler), name="follow the peers")
+            tasks.create_task(self._follow_kernel(reconciler), name="follow the kernel")
+            tasks.create_task(reconciler.run(), name="reconcile")
+            tasks.create_task(self._claim.keep(), name="keep the lease")
+            tasks.create_task(self._tell_ready(reconciler, own), name="tell when ready")
+
+    async def _follow_store(self, reconciler: Reconciler) -> None:
+        async with aclosing(self._parts.store.watch()) as updates:
+            async for update in updates:
+                self._claim.notice(update)
+                reconciler.offer(update)
+
+    async def _follow_kernel(self, reconciler: Reconciler) -> None:
+        async with aclosing(self._parts.host.changes()) as changes:
+            async for notices in changes:
+                reconciler.offer(notices)
+
+    async def _tell_ready(self, reconciler: Reconciler, own: Lease) -> None:
+        await reconciler.first_pass_done.wait()
+        parts = self._parts
+        parts.health.ready = True
+        devices = ", ".join(parts.backend.own(own, self._facts).links)
+        parts.on_ready(f"{own.key}{' on ' if devices else ''}{devices}, {parts.health.peers} peers")
+        self._warn_of_overlaps(own)
+
+    # --- facts -------------------------------------------------------------------------------------------
+
+    def _first_facts(self) -> Facts:
+        parts = self._parts
+        try:
+            uplink, reason = self._choose_uplink()
+            found = parts.host.observe(Scope(frozenset(parts.backend.devices), ()), devices_only=True)
+            facts = Facts(uplink, found.links, host_id=parts.host_id)
+            parts.backend.mtu(facts)
+        except ValueError as error:  # NoUplink is one
+            raise UplinkError(str(error)) from None
+        log.info("uplink %s", reason)
+        return facts
+
+    def _choose_uplink(self) -> tuple[Uplink, str]:
+        parts = self._parts
+        return choose(
+            parts.wish,
+            parts.config.enable_ipv4,
+            parts.config.enable_ipv6,
+            parts.host.interfaces(),
+            parts.host.default_routes(),
+            parts.host.route_to,
+        )
+
+    def _learn(self, facts: Facts) -> Facts:
+        """The facts afresh, after something happened to the uplink. Without a usable one they stay."""
+        try:
+            uplink, reason = self._choose_uplink()
+            now = facts._replace(uplink=uplink)
+            self._parts.backend.mtu(now)
+        except NoUplink as error:
+            log.debug("no uplink for the moment: %s", error)
+            return facts
+        except ValueError as error:
+            log.warning("the uplink cannot carry the overlay any more: %s", error)
+            return facts
+        if uplink != facts.uplink:
+            log.warning("the uplink changed: %s", reason)
+            self._facts = now
+            self._claim.publish()
+        return now
+
+    def _offer(self, remembered: Lease | None, others: Sequence[Lease]) -> LeaseAttrs:
+        attrs, warnings = self._parts.backend.attrs(self._facts, remembered, others)
+        for warning in warnings:
+            log.warning("%s", warning)
+        return attrs
+
+    def _scope(self) -> Scope:
+        parts = self._parts
+        config, previous = parts.config, parts.previous
+        networks = (config.network, config.network6, previous.network, previous.network6)
+        return Scope(
+            frozenset(parts.backend.devices),
+            tuple(network for network in networks if network is not None),
+            takeover=tuple(network for network in (config.network, config.network6) if network is not None),
+            takeover_lengths=(config.subnet_len, config.subnet6_len),
+        )
+
+    def _warn_of_overlaps(self, own: Lease) -> None:
+        """The classic mistake: an overlay network that this host's own network is part of."""
+        parts = self._parts
+        addresses = [
+            (interface.name, address.prefix)
+            for interface in parts.host.interfaces()
+            for address in interface.addresses
+        ]
+        ours = frozenset(parts.backend.devices)
+        for warning in overlap_warnings(parts.config, addresses, parts.host.routed(), ours, own.subnets()):
+            log.warning("%s", warning)
+
+    # --- outcomes ----------------------------------------------------------------------------------------
+
+    def _moved(self, own: Lease) -> None:
+        """Our lease is another one now, or tells something else."""
+        if self._reconciler is not None:
+            self._reconciler.move(own)
+            self._write_subnet_env(own)
+
+    def _write_subnet_env(self, own: Lease) -> None:
+        parts = self._parts
+        text = subnet_env.render(parts.config, own, parts.backend.mtu(self._facts), parts.ip_masq)
+        if text == self._env:
+            return
+        if self._env:
+            log.warning("subnet.env changes: restart Docker, or the pods, on this node to use it")
+        parts.write_subnet_env(text)
+        self._env = text
