@@ -34,6 +34,8 @@ class PeerItems(NamedTuple):
 class Backend(Protocol):
     """How packets get from node to node. Constructed with the network config; ConfigError if it is unusable.
 
+    A ValueError of `attrs`, `own` or `mtu` means: this uplink cannot serve, for the reason that it gives.
+
     All methods are pure. The desired state is the union of what `own` and each `peer` ask for, so that one
     changed lease costs one call.
     """
@@ -41,6 +43,8 @@ class Backend(Protocol):
     name: str
     devices: tuple[str, ...]
     """The devices that it would make: all of them are ours, present or not."""
+    follows_peers: bool
+    """Whether peers need anything of this host at all; without, nobody's routes are touched."""
     wants_on_link: bool
     """Whether `Facts.on_link` must be filled."""
 

@@ -99,8 +99,10 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         config, backend = await _learn_network(store, notify)
         host = LinuxKernel()
         stack.callback(host.close)
-        for device in backend.devices:
-            stack.enter_context(instance.lock(f"device {device}"))
+        # Another network of this host may share neither a device nor addresses with ours.
+        networks = [f"overlay {network}" for network in (config.network, config.network6) if network]
+        for what in [*networks, *(f"device {device}" for device in backend.devices)]:
+            stack.enter_context(instance.lock(what))
         found = host.observe(Scope(frozenset(backend.devices), ()), devices_only=True)
         instance.refuse_flannel(settings.etcd_prefix, [key[1] for key in found.addresses])
         previous, warning = subnet_env.read(settings.subnet_file)
@@ -109,6 +111,7 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         notify.status("claiming a subnet")
 
         def ready(text: str) -> None:
+            health.summary = text
             notify.ready()
             notify.status(text)
             log.info("ready: %s", text)
@@ -160,6 +163,7 @@ async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIte
             return
         if reason is None:
             log.info("the store answers again")
+            notify.status(health.summary)
         else:
             outcome = "the network goes on with what is known" if health.ready else "waiting"
             log.warning("%s; %s", reason, outcome)

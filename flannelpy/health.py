@@ -11,6 +11,8 @@ class Health:
 
     def __init__(self) -> None:
         self.ready: bool = False
+        self.summary: str = "starting"
+        """The node in one line."""
         self.store_trouble: str | None = None
         """Why the store cannot be reached or used right now; None = all is well."""
         self.peers: int = 0

@@ -167,12 +167,12 @@ class Node:
     def _learn(self, facts: Facts) -> Facts:
         """The facts afresh, after something happened to the uplink. Without a usable one they stay."""
         try:
-            uplink, reason = self._choose_uplink()
+            try:
+                uplink, reason = self._choose_uplink()
+            except NoUplink as error:
+                uplink, reason = self._same_interface(facts.uplink), str(error)
             now = facts._replace(uplink=uplink)
             self._parts.backend.mtu(now)
-        except NoUplink as error:
-            log.debug("no uplink for the moment: %s", error)
-            return facts
         except ValueError as error:
             log.warning("the uplink cannot carry the overlay any more: %s", error)
             return facts
@@ -182,8 +182,18 @@ class Node:
             self._claim.publish()
         return now
 
+    def _same_interface(self, uplink: Uplink) -> Uplink:
+        """The uplink as it is now if nothing better can be said: its default route, say, is away."""
+        for interface in self._parts.host.interfaces():
+            if interface.ifindex == uplink.ifindex:
+                return uplink._replace(name=interface.name, mtu=interface.mtu)
+        return uplink
+
     def _offer(self, remembered: Lease | None, others: Sequence[Lease]) -> LeaseAttrs:
-        attrs, warnings = self._parts.backend.attrs(self._facts, remembered, others)
+        try:
+            attrs, warnings = self._parts.backend.attrs(self._facts, remembered, others)
+        except ValueError as error:
+            raise UplinkError(str(error)) from None
         for warning in warnings:
             log.warning("%s", warning)
         return attrs
@@ -195,7 +205,9 @@ class Node:
         return Scope(
             frozenset(parts.backend.devices),
             tuple(network for network in networks if network is not None),
-            takeover=tuple(network for network in (config.network, config.network6) if network is not None),
+            takeover=tuple(
+                net for net in (config.network, config.network6) if net and parts.backend.follows_peers
+            ),
             takeover_lengths=(config.subnet_len, config.subnet6_len),
         )
 

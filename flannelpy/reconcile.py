@@ -173,7 +173,7 @@ class Reconciler:
         for update in work.updates:
             self._ask_on_link(update)
             change = self._peers.update(update)
-            self._note_records(update)
+            self._note_unreadable(update)
             touched.update(change.touched)
             full = full or change.full
         if full or not self.first_pass_done.is_set():
@@ -184,6 +184,7 @@ class Reconciler:
             ops = plan_part([own, self._peers.state], self._observed, touched)
             cause = drifted[0] if drifted else "leases changed"
             await self._apply(ops, cause, since=work.since, drift=bool(drifted))
+        self._name_troubles()
         if self._peers.synced:
             self.first_pass_done.set()
 
@@ -311,8 +312,7 @@ class Reconciler:
         if len(failures) > 5:
             log.warning("the kernel refused %d more operations", len(failures) - 5)
 
-    def _note_records(self, update: LeaseUpdate) -> None:
-        """Name each record that is not programmed, once per reason."""
+    def _note_unreadable(self, update: LeaseUpdate) -> None:
         health = self._health
         if isinstance(update, Snapshot):
             health.unreadable = dict(update.unreadable)
@@ -320,19 +320,16 @@ class Reconciler:
             for key in [*(lease.key for lease in update.put), *update.gone]:
                 health.unreadable.pop(key, None)
             health.unreadable.update(update.unreadable)
-        health.refused = self._peers.refused
-        self._name_new(
-            {
-                **{key: f"is unreadable: {reason}" for key, reason in health.unreadable.items()},
-                **{key: f"is not programmed: {reason}" for key, reason in health.refused.items()},
-            }
-        )
 
-    def _name_new(self, reasons: dict[str, str]) -> None:
-        """One line for each record whose trouble is new; a flood of them is cut short."""
+    def _name_troubles(self) -> None:
+        """One line for each record that is not programmed for a new reason; a flood of them is cut short."""
+        health = self._health
+        health.refused = self._peers.refused
+        reasons = {key: f"is unreadable: {reason}" for key, reason in health.unreadable.items()}
+        reasons.update({key: f"is not programmed: {reason}" for key, reason in health.refused.items()})
         new = [key for key, reason in reasons.items() if self._said.get(key) != reason]
         self._said = reasons
-        self._health.refusals += len(new)
+        health.refusals += len(new)
         for key in new[:_NAMED]:
             log.warning("lease %s %s", key, reasons[key])
         if len(new) > _NAMED:

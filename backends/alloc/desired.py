@@ -13,6 +13,7 @@ class AllocBackend:
 
     name = "alloc"
     devices: tuple[str, ...] = ()
+    follows_peers = False
     wants_on_link = False
 
     def __init__(self, config: NetworkConfig) -> None:

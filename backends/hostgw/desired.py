@@ -17,6 +17,7 @@ class HostGwBackend:
 
     name = "host-gw"
     devices: tuple[str, ...] = ()
+    follows_peers = True
     wants_on_link = True
 
     def __init__(self, config: NetworkConfig) -> None:

@@ -52,6 +52,7 @@ class VxlanBackend:
     """The vxlan backend of one network; all methods are pure (see `flannelpy.backend.Backend`)."""
 
     name = "vxlan"
+    follows_peers = True
 
     def __init__(self, config: NetworkConfig) -> None:
         self._options: VxlanConfig = parse(config)

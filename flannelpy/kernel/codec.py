@@ -184,6 +184,11 @@ def link_change(
     return Message(RTM_NEWLINK, 0, body)
 
 
+def link_rename(index: int, name: str) -> Message:
+    """Give a device another name (Linux < 6.2: only while it is down)."""
+    return Message(RTM_NEWLINK, 0, IFINFO.pack(AF_UNSPEC, 0, index, 0, IFF_UP) + _name(name))
+
+
 def link_delete(index: int) -> Message:
     """Remove a device, and with it all that is on it."""
     return Message(RTM_DELLINK, 0, IFINFO.pack(AF_UNSPEC, 0, index, 0, 0))

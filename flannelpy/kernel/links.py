@@ -66,6 +66,11 @@ class Links:
         try:
             self._netlink.request(codec.link_create(link, self.index(uplink) if uplink else 0))
         except NetlinkError as error:
+            renamed = self._renamed(link) if error.errno == errno.EEXIST else None
+            if renamed is not None:
+                # Ours under another name: with its name back it is compared again by the next pass.
+                self._netlink.request(codec.link_rename(renamed.ifindex, link.name))
+                return
             raise _creation_error(link, error, self.by_name.values()) from error
         self.read()
         index = self.index(link.name)
@@ -73,6 +78,15 @@ class Links:
             self._quieten(index, link.name)
         if link.up:
             self._netlink.request(codec.link_change(index, up=True))
+
+    def _renamed(self, link: Link) -> LinkInfo | None:
+        """Our device under a name that somebody gave it: nobody else's has our MAC and our VNI."""
+        for info in self.by_name.values():
+            if info.kind == link.kind and info.mac == link.mac and link.vxlan is not None:
+                found = replies.read_vxlan(info.vxlan, {})
+                if (found.vni, found.local) == (link.vxlan.vni, link.vxlan.local):
+                    return info
+        return None
 
     def _quieten(self, index: int, name: str) -> None:
         """No link-local address and no router advertisements on a tunnel device."""

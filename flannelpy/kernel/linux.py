@@ -104,12 +104,14 @@ class LinuxKernel:
         ]
 
     def routed(self) -> list[tuple[str, Prefix]]:
-        """(device, destination) of every route of the main table that is not a default route."""
+        """(device, destination) of the main table's routes, without default routes and those of ours."""
         names = {link.ifindex: name for name, link in self._links.read().items()}
         return [
             (names.get(route.ifindex, "?"), route.destination)
             for route in self._main_routes()
-            if route.destination.length and not is_kernels_own(route.destination)
+            if route.destination.length
+            and route.protocol != ROUTE_PROTOCOL
+            and not is_kernels_own(route.destination)
         ]
 
     def route_to(self, address: Address) -> tuple[int, Address] | None:
@@ -127,7 +129,12 @@ class LinuxKernel:
         found = []
         for address in addresses:
             route = self._lookup(address)
-            if route is not None and route.ifindex == index and route.gateway is None:
+            if (
+                route is not None
+                and route.ifindex == index
+                and route.gateway is None
+                and route.type == codec.RTN_UNICAST  # not the broadcast address, say
+            ):
                 found.append(address)
         return frozenset(found)
 

@@ -172,7 +172,7 @@ def _link(view: View, kind: int, body: bytes) -> Notice | None:
     ours = info.ifindex in view.ours or info.name in view.scope.devices
     is_uplink = view.scope.uplink in (name, info.name)
     if not ours and not is_uplink:
-        return None
+        return _news_for_a_lost_uplink(view)
     what = f"device {name}" if ours else f"uplink {name}"
     if kind == codec.RTM_DELLINK:
         return Shaken(f"{what} was deleted")
@@ -203,7 +203,7 @@ def _address(view: View, body: bytes, *, gone: bool) -> Notice | None:
     known = view.links.get(info.ifindex)
     if known is not None and known.name == view.scope.uplink and not is_kernels_own(info.prefix):
         return Shaken(f"an address of uplink {known.name} changed")
-    return None
+    return _news_for_a_lost_uplink(view)
 
 
 def _neighbour(view: View, body: bytes, *, gone: bool) -> Notice | None:
@@ -224,6 +224,8 @@ def _route(view: View, body: bytes, *, gone: bool) -> Notice | None:
     info = replies.read_route(body)
     if info is None or info.table != codec.RT_TABLE_MAIN or info.protocol == PROTOCOL_KERNEL:
         return None
+    if info.destination.length == 0:
+        return _news_for_a_lost_uplink(view)
     if is_kernels_own(info.destination):
         return None
     inside = any(network.contains(info.destination) for network in view.scope.networks)
@@ -231,6 +233,13 @@ def _route(view: View, body: bytes, *, gone: bool) -> Notice | None:
         return None
     item = view.route(info)
     return _notice(item, gone)
+
+
+def _news_for_a_lost_uplink(view: View) -> Notice | None:
+    """While the uplink is away, whatever appears may be the new one."""
+    if any(link.name == view.scope.uplink for link in view.links.values()):
+        return None
+    return Shaken(f"there is no {view.scope.uplink}, and something changed that may replace it")
 
 
 def _notice(item: Item, gone: bool) -> Notice:

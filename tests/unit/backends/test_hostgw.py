@@ -77,8 +77,7 @@ def test_the_route_is_on_the_uplink_whatever_its_name() -> None:
             DUAL,
             (),
             (),
-            "its public IP 192.0.2.2 is not on-link on eth0;"
-            " its public IP 2001:db8::2 is not on-link on eth0",
+            "; ".join(f"its public IP {ip} is not on-link on eth0" for ip in ("192.0.2.2", "2001:db8::2")),
         ),
     ],
 )
