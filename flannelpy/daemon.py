@@ -11,10 +11,11 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from flannelpy import __version__, subnet_env
 from flannelpy.backend import Backend, load
@@ -24,7 +25,10 @@ from flannelpy.kernel import instance
 from flannelpy.kernel.linux import LinuxKernel, require_privileges
 from flannelpy.log import setup as setup_log
 from flannelpy.model.config import EXAMPLE_CONFIG, ConfigError, NetworkConfig, parse_config
-from flannelpy.model.kernel import Scope
+from flannelpy.model.kernel import Scope, State
+from flannelpy.model.leftover import leftover_devices
+from flannelpy.model.plan import plan
+from flannelpy.model.subnet import Previous
 from flannelpy.model.uplink import Wish
 from flannelpy.node import Node, Parts
 from flannelpy.notify import Notify
@@ -138,6 +142,43 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             random=Random(),  # noqa: S311  # spreads load, guards nothing
         )
         await Node(parts).live()
+
+
+class Cleaned(NamedTuple):
+    """What a clean-up found, in words."""
+
+    objects: list[str]
+    failed: list[str]
+
+
+def clean_up(subnet_file: str, *, remove: bool) -> Cleaned:
+    """Remove what is ours from this host, or only tell. ConflictError while a daemon serves it.
+
+    Ours are, as subnet.env says who we are: the devices with our subnet's base address, overlay devices with
+    routes of our protocol number, and routes of that number inside our network.
+    """
+    require_privileges()
+    previous, warning = subnet_env.read(subnet_file)
+    host = LinuxKernel()
+    with closing(host):
+        subnets = [subnet for subnet in (previous.subnet, previous.subnet6) if subnet]
+        networks = tuple(network for network in (previous.network, previous.network6) if network)
+        devices = leftover_devices(host.interfaces(), subnets, ()) | host.marked_overlay_devices()
+        with ExitStack() as locks:
+            if remove:
+                for what in [f"overlay {network}" for network in networks] + [
+                    f"device {name}" for name in devices
+                ]:
+                    locks.enter_context(instance.lock(what))
+            observed = host.observe(Scope(devices, networks))
+            ops = plan(State(), observed)
+            failures = host.apply(ops) if remove else []
+    objects = [str(op.item) for op in ops]
+    if previous != Previous() or warning:
+        objects.append(f"file {subnet_file}")
+        if remove:
+            Path(subnet_file).unlink(missing_ok=True)
+    return Cleaned(objects, [str(failure) for failure in failures])
 
 
 def _write_subnet_env(path: str, text: str) -> None:

@@ -19,6 +19,7 @@ from flannelpy.model.address import Address, Prefix
 from flannelpy.model.config import NetworkConfig, overlap_warnings
 from flannelpy.model.kernel import Notice, Scope
 from flannelpy.model.lease import Lease, LeaseAttrs
+from flannelpy.model.leftover import leftover_devices
 from flannelpy.model.subnet import Previous
 from flannelpy.model.uplink import DefaultRoute, Interface, NoUplink, Uplink, Wish, choose
 from flannelpy.reconcile import Kernel, Reconciler
@@ -106,7 +107,7 @@ class Node:
             parts.config,
             self._facts,
             own,
-            self._scope(),
+            self._scope(own),
             parts.health,
             parts.random,
             self._learn,
@@ -198,12 +199,14 @@ class Node:
             log.warning("%s", warning)
         return attrs
 
-    def _scope(self) -> Scope:
+    def _scope(self, own: Lease) -> Scope:
         parts = self._parts
         config, previous = parts.config, parts.previous
         networks = (config.network, config.network6, previous.network, previous.network6)
+        subnets = [*own.subnets(), *filter(None, (previous.subnet, previous.subnet6))]
+        leftover = leftover_devices(parts.host.interfaces(), subnets, parts.backend.devices)
         return Scope(
-            frozenset(parts.backend.devices),
+            frozenset(parts.backend.devices) | leftover,
             tuple(network for network in networks if network is not None),
             takeover=tuple(
                 net for net in (config.network, config.network6) if net and parts.backend.follows_peers

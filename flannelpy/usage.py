@@ -8,6 +8,7 @@ from flannelpy.flags import TABLE, Flag
 WIDTH = 92
 
 COMMANDS = {
+    "cleanup": "remove from this host what the daemon made (shows it first)",
     "demo": "try an overlay on this machine: nodes in network namespaces that ping each other",
     "docker-opts": "turn subnet.env into options for dockerd (flannel's mk-docker-opts.sh)",
 }

@@ -36,7 +36,7 @@ from flannelpy.model.kernel import (
     is_kernels_own,
 )
 from flannelpy.model.plan import Op, Put, Remove
-from flannelpy.model.uplink import DefaultRoute, Interface, InterfaceAddress
+from flannelpy.model.uplink import OVERLAY_NAME, DefaultRoute, Interface, InterfaceAddress
 
 
 class LinuxKernel:
@@ -137,6 +137,12 @@ class LinuxKernel:
             ):
                 found.append(address)
         return frozenset(found)
+
+    def marked_overlay_devices(self) -> frozenset[str]:
+        """Devices with an overlay's name that carry routes with our protocol number."""
+        names = {link.ifindex: name for name, link in self._links.read().items()}
+        marked = {names.get(route.ifindex, "") for route in self._main_routes(protocol=ROUTE_PROTOCOL)}
+        return frozenset(name for name in marked if OVERLAY_NAME.fullmatch(name))
 
     def _lookup(self, address: Address) -> RouteInfo | None:
         try:

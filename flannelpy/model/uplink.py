@@ -102,7 +102,7 @@ class _Host(NamedTuple):
 
     def underlay(self) -> Iterator[Interface]:
         """Interfaces that may be found by search: an overlay device over itself would be a loop."""
-        return (interface for interface in self.interfaces if not _OVERLAY.fullmatch(interface.name))
+        return (interface for interface in self.interfaces if not OVERLAY_NAME.fullmatch(interface.name))
 
     def by_index(self, index: int) -> Interface | None:
         return next((interface for interface in self.underlay() if interface.ifindex == index), None)
@@ -114,7 +114,7 @@ class _Host(NamedTuple):
         return None
 
 
-_OVERLAY = re.compile(r"flannel(\.|-v6\.|-wg|[0-9]).*")
+OVERLAY_NAME = re.compile(r"flannel(\.|-v6\.|-wg|[0-9]).*")
 """Overlay devices, flannel's and ours: flannel.1, flannel-v6.1, flannel-wg, flannel0, flannel.ipip."""
 
 

@@ -490,6 +490,59 @@ def test_json_log(lab: Lab) -> None:
         assert {"time", "level", "msg"} <= json.loads(line).keys()
 
 
+@pytest.mark.parametrize(
+    "change", [{"Backend": {"Type": "vxlan", "VNI": 7}}, {"Backend": {"Type": "host-gw"}}]
+)
+def test_what_a_former_config_made_is_removed(lab: Lab, change: dict[str, Any]) -> None:
+    one, _two = cluster(lab, V4)
+    lab.ip(
+        one.netns,
+        "link add flannel.9 type vxlan id 9 dev eth0 dstport 8472",
+        "address add 10.99.0.0/32 dev flannel.9",
+    )
+    for node in lab.nodes:
+        assert node.daemon is not None
+        stop([node.daemon])
+    lab.put_config({**V4, **change})
+    wait_ready([lab.start_daemon(node) for node in lab.nodes])
+    names = wait_until(
+        lambda: [names for names in [links(lab, one)] if "flannel.1" not in names], "the old device to go"
+    )[0]
+    assert "flannel.9" in names, "another network's device stays"
+    wait_until(lambda: routes(lab, one) == 1, "the peer by the new backend")
+    assert lab.ip_json(one.netns, "nexthop show dev flannel.9") == []
+    for source, target in (lab.nodes, lab.nodes[::-1]):
+        reach(lab, source, str(target.pods[0].address).partition("/")[0])
+
+
+def links(lab: Lab, node: Node) -> set[str]:
+    return {link["ifname"] for link in lab.ip_json(node.netns, "link show")}
+
+
+def test_cleanup_shows_first_and_then_removes_what_is_ours(lab: Lab) -> None:
+    one, _two = cluster(lab, V4)
+    lab.ip(one.netns, "route add 10.5.0.0/24 via 192.168.77.254 dev eth0")
+    command = (*PROGRAM, "cleanup", f"--subnet-file={one.subnet_file}")
+    with pytest.raises(LabError, match="serves"):
+        run(*command, "--yes", netns=one.netns)
+    assert one.daemon is not None
+    stop([one.daemon])
+    shown = run(*command, netns=one.netns)
+    assert "would remove: device flannel.1" in shown
+    assert f"would remove: file {one.subnet_file}" in shown
+    assert "flannel.1" in links(lab, one), "only shown"
+    removed = json.loads(run(*command, "--yes", "--output=json", netns=one.netns))
+    assert removed["removed"]
+    assert removed["failed"] == []
+    assert "flannel.1" not in links(lab, one)
+    assert "proto 70" not in run("ip", "route", netns=one.netns)
+    assert run("ip", "nexthop", netns=one.netns) == ""
+    assert "10.5.0.0/24" in run("ip", "route", netns=one.netns)
+    assert not one.subnet_file.exists()
+    assert "nothing of flannelpy's is here" in run(*command, netns=one.netns)
+    assert len(leases(lab)) == 2, "the lease is for etcd to expire"
+
+
 # --- beside a real flannel ---
 
 

@@ -90,7 +90,7 @@ DAMAGE: dict[str, list[str]] = {
     "IPv6 route deleted": ["ip -6 route del {base6}/64"],
     "route changed": ["ip route change {base}/24 via {base} dev flannel.1 onlink mtu 1300"],
     "route taken by another device": ["ip route replace {base}/24 via 192.168.77.254 dev eth0"],
-    "all routes deleted": ["for net in $(ip route show proto 70 | cut -d / -f 1); do ip route del $net/24; done"],
+    "all routes deleted": ["ip route del {base}/24", "ip -6 route del {base6}/64"],
     "foreign route on our device": ["ip route add 203.0.113.0/24 dev flannel.1"],
     "nexthop deleted": ["ip nexthop del id $(ip nexthop show proto 70 | head -n 1 | cut -d ' ' -f 2)"],
     "nexthops flushed": ["ip nexthop flush proto 70"],
@@ -198,7 +198,7 @@ def test_what_is_not_ours_is_left_alone(pair: Lab) -> None:
     one, two = pair.nodes
     names = peer_of(pair, one, two)
     foreign = [
-        "ip route add 10.5.250.0/24 via 192.168.77.254 dev eth0",
+        "ip route add 10.5.0.0/24 via 192.168.77.254 dev eth0",
         "ip route add 10.5.251.0/24 via 192.168.77.254 dev eth0 proto static",
         "ip route add 203.0.113.0/24 via 192.168.77.254 dev eth0 proto 70",
         "ip -6 route add 2001:db8:9::/48 via fd77::fe dev eth0",

@@ -1,0 +1,23 @@
+"""Devices that are ours although this configuration would not make them: of another VNI, another backend."""
+
+from collections.abc import Container, Iterable
+
+from flannelpy.model.address import Prefix, host
+from flannelpy.model.uplink import OVERLAY_NAME, Interface
+
+
+def leftover_devices(
+    interfaces: Iterable[Interface], subnets: Iterable[Prefix], present: Container[str]
+) -> frozenset[str]:
+    """Those with an overlay's name that hold the base address of one of these subnets, ours now or before.
+
+    Another network's daemon on the same host has another subnet, so its devices are never among them.
+    """
+    bases = {host(subnet.address) for subnet in subnets}
+    return frozenset(
+        interface.name
+        for interface in interfaces
+        if interface.name not in present
+        and OVERLAY_NAME.fullmatch(interface.name)
+        and any(address.prefix in bases for address in interface.addresses)
+    )
