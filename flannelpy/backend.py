@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
-from flannelpy.model.address import Address
+from flannelpy.model.address import Address, Prefix
 from flannelpy.model.config import EXAMPLE_CONFIG, NetworkConfig
 from flannelpy.model.kernel import Item, Link, State
 from flannelpy.model.lease import Lease, LeaseAttrs
@@ -17,6 +17,8 @@ class Facts(NamedTuple):
     uplink: Uplink
     links: Mapping[str, Link]
     """The devices of this backend that exist, by name."""
+    protected: tuple[tuple[str, Prefix], ...] = ()
+    """(words for it, block): no peer's subnet may overlap these, or the node would cut itself off."""
     on_link: frozenset[Address] = frozenset()
     """Public IPs of peers that the kernel reaches over the uplink without a gateway; only when asked for."""
     host_id: str = ""

@@ -11,12 +11,10 @@ from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseUpdate, Snapshot
 from flannelpy.model.subnet import Previous
-from flannelpy.store import Offer, Store
+from flannelpy.store import TTL_SECONDS, Offer, Store
 
 log = logging.getLogger(__name__)
 
-TTL_SECONDS = 86400
-"""flannel's; after it an absent node's subnet is free for others."""
 _RETRY_SECONDS = (0.5, 30.0)
 """While the store does not answer: first and longest wait."""
 _REPEAT_SECONDS = (60.0, 600.0)
@@ -50,6 +48,8 @@ class Claim:
         self._own: Lease | None = None
         self._changed_at = 0
         """The revision at which our record was last changed by somebody, ourselves included."""
+        self._lost = False
+        """A whole listing came without our record, or with one from before ours."""
         self._unpublished = False
         self._wake = asyncio.Event()
         self._renew_at = 0.0
@@ -60,10 +60,12 @@ class Claim:
 
     async def take(self) -> Lease:
         """Claim a subnet, waiting for the store as long as it takes; StoreError if there can be none."""
-        acquire = partial(self._store.acquire, self._config, self._offer, self._previous)
-        own = await self._insist(acquire, "claim a subnet")
+        own = await self._ask(self._acquire(), "claim a subnet", for_ever=False)
         self._held(own)
         return own
+
+    def _acquire(self) -> Callable[[], Awaitable[Lease]]:
+        return partial(self._store.acquire, self._config, self._offer, self._previous)
 
     def notice(self, update: LeaseUpdate) -> None:
         """Look at what the store says about our own record: somebody else may have written or deleted it."""
@@ -71,16 +73,15 @@ class Claim:
         if own is None:
             return
         found = update.leases if isinstance(update, Snapshot) else update.put
-        revisions = [lease.revision for lease in found if lease.key == own.key]
+        revision = max((lease.revision for lease in found if lease.key == own.key), default=0)
         if isinstance(update, Snapshot):
-            absent = not revisions and own.key not in dict(update.unreadable)
-        else:
-            absent = own.key in update.gone
-        if absent:
-            revisions.append(update.revision)
+            # A lower revision is another history: a backup was restored, and knows an older record at best.
+            self._lost = revision < own.revision and own.key not in dict(update.unreadable)
+        elif own.key in update.gone:
+            revision = max(revision, update.revision)
         # Our own writes come back, too, perhaps before their answer: `keep` compares again.
-        if max(revisions, default=0) > own.revision:
-            self._changed_at = max(revisions)
+        if self._lost or revision > own.revision:
+            self._changed_at = revision
             self._wake.set()
 
     def publish(self) -> None:
@@ -97,7 +98,8 @@ class Claim:
                 continue
             if self._unpublished:
                 own = own._replace(attrs=self._offer(own, ()))
-            renewed = await self._insist(partial(self._store.renew, own), "renew our lease")
+            self._lost = False
+            renewed = await self._ask(partial(self._store.renew, own), "renew our lease")
             if renewed is None:
                 await self._take_back(own)
                 continue
@@ -123,8 +125,8 @@ class Claim:
         now = asyncio.get_running_loop().time()
         due = now >= min([self._renew_at, *self._repeats])
         self._repeats = [deadline for deadline in self._repeats if deadline > now]
-        lost = self._own is not None and self._changed_at > self._own.revision
-        return due or lost or self._unpublished
+        changed = self._own is not None and self._changed_at > self._own.revision
+        return due or changed or self._lost or self._unpublished
 
     def _held(self, own: Lease) -> None:
         self._own = own
@@ -138,15 +140,20 @@ class Claim:
         await asyncio.sleep(self._not_before - loop.time())
         log.warning("our lease %s was deleted or overwritten by somebody else: taking it back", lost.key)
         self._previous = Previous(self._config.network, lost.subnet, self._config.network6, lost.subnet6)
-        own = await self.take()
+        own = await self._ask(self._acquire(), "take our lease back")
+        self._held(own)
         self._not_before = loop.time() + _RECLAIM_SECONDS
         if own.subnets() != lost.subnets():
             log.error("our subnet changed from %s to %s: another node has the old one now", lost.key, own.key)
         self._unpublished = False
         self._moved(own)
 
-    async def _insist(self, call: Callable[[], Awaitable[T]], what: str) -> T:
-        """Ask until the store answers; says so once."""
+    async def _ask(self, call: Callable[[], Awaitable[T]], what: str, *, for_ever: bool = True) -> T:
+        """Ask until the store answers; says so once per reason.
+
+        What waiting cannot cure (a wrong password, a full pool) ends a start. A node that runs goes on, and
+        asks again: its network works, and an operator may be at it.
+        """
         delay, longest = _RETRY_SECONDS
         said = ""
         while True:
@@ -154,9 +161,11 @@ class Claim:
                 return await call()
             except StoreError as error:
                 if not error.transient:
-                    raise
+                    if not for_ever:
+                        raise
+                    delay = longest
                 if str(error) != said:
                     said = str(error)
-                    log.warning("cannot %s yet: %s; trying again", what, error)
+                    log.warning("cannot %s: %s; trying again", what, error)
             await asyncio.sleep(delay * self._random.uniform(0.5, 1.0))
             delay = min(longest, delay * 2)

@@ -10,8 +10,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -24,6 +24,7 @@ from flannelpy.health import Health
 from flannelpy.kernel import instance
 from flannelpy.kernel.linux import LinuxKernel, require_privileges
 from flannelpy.log import setup as setup_log
+from flannelpy.model.address import Address, parse_address
 from flannelpy.model.config import EXAMPLE_CONFIG, ConfigError, NetworkConfig, parse_config
 from flannelpy.model.kernel import Scope, State
 from flannelpy.model.leftover import leftover_devices
@@ -107,8 +108,9 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         networks = [f"overlay {network}" for network in (config.network, config.network6) if network]
         for what in [*networks, *(f"device {device}" for device in backend.devices)]:
             stack.enter_context(instance.lock(what))
-        found = host.observe(Scope(frozenset(backend.devices), ()), devices_only=True)
-        instance.refuse_flannel(settings.etcd_prefix, [key[1] for key in found.addresses])
+        ours = [link for link in host.interfaces() if link.name in backend.devices]
+        addresses = [address.prefix for link in ours for address in link.addresses]
+        instance.refuse_flannel(settings.etcd_prefix, addresses)
         previous, warning = subnet_env.read(settings.subnet_file)
         if warning:
             log.warning("%s", warning)
@@ -133,6 +135,7 @@ async def _serve(settings: Settings, notify: Notify) -> None:
                 settings.public_ipv6,
             ),
             host_id=f"{settings.etcd_prefix}|{_machine_id()}",
+            store_hosts=_literal_hosts(settings.etcd_endpoints),
             previous=previous,
             margin_minutes=settings.subnet_lease_renew_margin,
             write_subnet_env=partial(_write_subnet_env, settings.subnet_file),
@@ -243,6 +246,17 @@ async def _learn_network(store: Store, notify: Notify) -> tuple[NetworkConfig, B
                 log.warning("waiting: %s", problem)
                 notify.status(f"waiting: {problem}")
     raise KernelError("the store gave up watching the network config")  # pragma: no cover
+
+
+def _literal_hosts(endpoints: Sequence[str]) -> tuple[Address, ...]:
+    """The endpoints that are given as IP addresses."""
+    found = []
+    for endpoint in endpoints:
+        name = endpoint.partition("://")[2] or endpoint
+        bare = name[1:].partition("]")[0] if name.startswith("[") else name.rpartition(":")[0] or name
+        with suppress(ValueError):
+            found.append(parse_address(bare))
+    return tuple(found)
 
 
 def _machine_id() -> str:

@@ -5,7 +5,7 @@ Everything that touches the outside comes in from `daemon.py`, so a simulation c
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
 from contextlib import aclosing
 from random import Random
 from typing import NamedTuple, Protocol
@@ -15,9 +15,10 @@ from flannelpy.backend import Backend, Facts
 from flannelpy.claim import Claim
 from flannelpy.errors import UplinkError
 from flannelpy.health import Health
-from flannelpy.model.address import Address, Prefix
+from flannelpy.model.address import Address, Prefix, format_address
+from flannelpy.model.address import host as host_prefix
 from flannelpy.model.config import NetworkConfig, overlap_warnings
-from flannelpy.model.kernel import Notice, Scope
+from flannelpy.model.kernel import Link, Notice, Scope
 from flannelpy.model.lease import Lease, LeaseAttrs
 from flannelpy.model.leftover import leftover_devices
 from flannelpy.model.subnet import Previous
@@ -43,6 +44,10 @@ class Host(Kernel, Protocol):
         """All links with their addresses."""
         ...
 
+    def links(self, names: Container[str]) -> Mapping[str, Link]:
+        """The devices of these names that there are."""
+        ...
+
     def default_routes(self) -> list[DefaultRoute]:
         """The default routes of the main table."""
         ...
@@ -66,6 +71,8 @@ class Parts(NamedTuple):
     wish: Wish
     """What the operator says about the uplink."""
     host_id: str
+    store_hosts: tuple[Address, ...]
+    """Addresses of the datastore that are known without asking anybody."""
     previous: Previous
     """What subnet.env said."""
     margin_minutes: int
@@ -146,13 +153,24 @@ class Node:
         parts = self._parts
         try:
             uplink, reason = self._choose_uplink()
-            found = parts.host.observe(Scope(frozenset(parts.backend.devices), ()), devices_only=True)
-            facts = Facts(uplink, found.links, host_id=parts.host_id)
+            facts = Facts(uplink, parts.host.links(parts.backend.devices), host_id=parts.host_id)
             parts.backend.mtu(facts)
         except ValueError as error:  # NoUplink is one
             raise UplinkError(str(error)) from None
         log.info("uplink %s", reason)
-        return facts
+        return facts._replace(protected=self._protected(uplink))
+
+    def _protected(self, uplink: Uplink) -> tuple[tuple[str, Prefix], ...]:
+        """What no peer's subnet may contain: the uplink's own addresses, and the datastore."""
+        parts = self._parts
+        own = [
+            (f"{format_address(address.prefix.address)}, an address of {link.name}", address.prefix.address)
+            for link in parts.host.interfaces()
+            if link.ifindex == uplink.ifindex
+            for address in link.addresses
+        ]
+        store = [(f"{format_address(one)}, where the store is", one) for one in parts.store_hosts]
+        return tuple((words, host_prefix(address)) for words, address in (*own, *store))
 
     def _choose_uplink(self) -> tuple[Uplink, str]:
         parts = self._parts
@@ -166,33 +184,43 @@ class Node:
         )
 
     def _learn(self, facts: Facts) -> Facts:
-        """The facts afresh, after something happened to the uplink. Without a usable one they stay."""
+        """The facts afresh, after something happened to the uplink. Without a usable one they stay.
+
+        An uplink is kept for as long as its interface has its addresses: a second address, or another default
+        route, is no reason to move the overlay.
+        """
+        kept = self._kept(facts.uplink)
         try:
-            try:
-                uplink, reason = self._choose_uplink()
-            except NoUplink as error:
-                uplink, reason = self._same_interface(facts.uplink), str(error)
-            now = facts._replace(uplink=uplink)
+            uplink, reason = (kept, f"{kept.name}, MTU {kept.mtu}") if kept else self._choose_uplink()
+            now = facts._replace(uplink=uplink, protected=self._protected(uplink))
             self._parts.backend.mtu(now)
+        except NoUplink as error:
+            log.debug("no uplink for the moment: %s", error)
+            return facts
         except ValueError as error:
             log.warning("the uplink cannot carry the overlay any more: %s", error)
             return facts
+        self._facts = now
         if uplink != facts.uplink:
             log.warning("the uplink changed: %s", reason)
-            self._facts = now
             self._claim.publish()
         return now
 
-    def _same_interface(self, uplink: Uplink) -> Uplink:
-        """The uplink as it is now if nothing better can be said: its default route, say, is away."""
+    def _kept(self, uplink: Uplink) -> Uplink | None:
+        """The uplink under its name and MTU of now; None if its interface or one of its addresses is gone."""
+        wanted = {address for address in (uplink.address, uplink.address6) if address is not None}
         for interface in self._parts.host.interfaces():
             if interface.ifindex == uplink.ifindex:
-                return uplink._replace(name=interface.name, mtu=interface.mtu)
-        return uplink
+                found = {address.prefix.address for address in interface.addresses}
+                if wanted <= found:
+                    return uplink._replace(name=interface.name, mtu=interface.mtu)
+        return None
 
     def _offer(self, remembered: Lease | None, others: Sequence[Lease]) -> LeaseAttrs:
+        backend = self._parts.backend
+        self._facts = self._facts._replace(links=self._parts.host.links(backend.devices))
         try:
-            attrs, warnings = self._parts.backend.attrs(self._facts, remembered, others)
+            attrs, warnings = backend.attrs(self._facts, remembered, others)
         except ValueError as error:
             raise UplinkError(str(error)) from None
         for warning in warnings:

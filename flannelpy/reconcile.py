@@ -7,6 +7,7 @@ owns all its state.
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple, Protocol
@@ -23,6 +24,8 @@ from flannelpy.model.plan import Op, Remove, plan, plan_part
 
 log = logging.getLogger(__name__)
 
+_QUIET = 6
+"""Up to so many operations, one peer's, are not worth a line in the log of a large cluster."""
 _SLICE = 3000
 """Operations applied before other tasks get their turn (about 30 ms)."""
 _NAMED = 20
@@ -94,12 +97,17 @@ class Reconciler:
         self._health = health
         self._random = random
         self._learn = learn
-        self._peers = Peers(config, own, self._needs)
+        self._peers = Peers(config, own, self._needs, facts.protected)
         self._observed = State()
         self._inbox: asyncio.Queue[tuple[LeaseUpdate | list[Notice] | None, float]] = asyncio.Queue()
+        self._all_dirty = True
+        """The next pass must compare everything."""
+        self._resync_at = 0.0
+        self._retry_at = math.inf
         self._retry = 0.0
         self._not_before = 0.0
         self._said: dict[str, str] = {}
+        self._refused: set[str] = set()
         self.first_pass_done = asyncio.Event()
         """Set after the first whole pass over the peers."""
 
@@ -137,27 +145,34 @@ class Reconciler:
                 await self._pass(work)
             except (OSError, ValueError) as error:
                 # A device that vanishes while its tables are read, an uplink that is too small now.
+                self._all_dirty = True
                 self._back_off()
                 log.warning("cannot reconcile: %s; trying again in %.0f s", error, self._retry)
 
     async def _gather(self) -> Work:
-        """All that is there as soon as there is something, or nothing when it is time to doubt everything."""
+        """All that is there as soon as there is something, or as soon as it is time to doubt everything."""
         loop = asyncio.get_running_loop()
-        delay = self._retry or self._random.uniform(*_RESYNC_SECONDS)
         found = []
         try:
-            async with asyncio.timeout(delay):
+            async with asyncio.timeout_at(min(self._resync_at, self._retry_at)):
                 found.append(await self._inbox.get())
         except TimeoutError:
-            return Work([], [Shaken("resync")], moved=False, since=loop.time())
+            pass
         while not self._inbox.empty():
             found.append(self._inbox.get_nowait())
-        work = Work([], [], any(news is None for news, _since in found), found[0][1])
+        now = loop.time()
+        moved = any(news is None for news, _since in found)
+        work = Work([], [], moved, min((since for _news, since in found), default=now))
         for news, _since in found:
             if isinstance(news, list):
                 work.notices.extend(news)
             elif news is not None:
                 work.updates.append(news)
+        # However much comes in, what was refused and what was never announced has its turn.
+        if now >= self._resync_at:
+            work.notices.append(Shaken("resync"))
+        elif now >= self._retry_at:
+            self._all_dirty = True
         return work
 
     # --- passes ------------------------------------------------------------------------------------------
@@ -167,23 +182,23 @@ class Reconciler:
         touched = State()
         shaken = [notice.cause for notice in work.notices if isinstance(notice, Shaken)]
         drifted = self._take_in_notices(work.notices, touched)
+        self._ask_on_link(work.updates)
         if work.moved:
-            self._peers.rebase(self._own, self._needs)
-        full = bool(shaken) or work.moved
+            self._rebase()
+        self._all_dirty = self._all_dirty or bool(shaken) or work.moved
         for update in work.updates:
-            self._ask_on_link(update)
             change = self._peers.update(update)
             self._note_unreadable(update)
             touched.update(change.touched)
-            full = full or change.full
-        if full or not self.first_pass_done.is_set():
-            cause = shaken[0] if shaken else "leases changed" if work.updates else "our lease changed"
-            await self._full_pass(cause, learn=bool(shaken), since=work.since, drift=bool(shaken or drifted))
+            self._all_dirty = self._all_dirty or change.full
+        drift = bool(shaken or drifted)
+        if self._all_dirty or not self.first_pass_done.is_set():
+            cause = shaken[0] if shaken else "leases changed" if work.updates else "trying again"
+            await self._full_pass(cause, learn=bool(shaken), since=work.since, drift=drift)
         elif len(touched):
             own = self._backend.own(self._own, self._facts)
             ops = plan_part([own, self._peers.state], self._observed, touched)
-            cause = drifted[0] if drifted else "leases changed"
-            await self._apply(ops, cause, since=work.since, drift=bool(drifted))
+            await self._apply(ops, drifted[0] if drifted else "leases changed", since=work.since, drift=drift)
         self._name_troubles()
         if self._peers.synced:
             self.first_pass_done.set()
@@ -203,18 +218,17 @@ class Reconciler:
                 table[item.key] = item
                 causes.append(f"{item} was {'changed' if known is not None else 'added'} by somebody")
             else:
-                if known is None:
-                    continue  # we removed it ourselves
-                del table[item.key]
-                causes.append(f"{known} was removed by somebody")
+                if known is not None:
+                    del table[item.key]
+                    causes.append(f"{known} was removed by somebody")
+                elif item.key not in self._peers.state.table(item):
+                    continue  # we removed it ourselves; else somebody made room for one of ours
             touched.add([item])
         return causes
 
     def _concerns(self, item: Item) -> bool:
-        """Whether an object that we did not know is ours to remove, or stands where one of ours should."""
-        if not getattr(item, "permanent", True):
-            return False  # what the kernel learns by itself comes and goes
-        return self._scope.owns(item) or item.key in self._peers.state.table(item)
+        """Whether an object that we did not know is ours to remove; what the kernel learns comes and goes."""
+        return getattr(item, "permanent", True) and self._scope.owns(item)
 
     async def _full_pass(self, cause: str, *, learn: bool, since: float, drift: bool) -> None:
         """Read everything, compare everything."""
@@ -233,10 +247,17 @@ class Reconciler:
         ops = plan(desired, observed)
         if not self._peers.synced:
             ops = _wanted_now(ops)
-        await self._apply(ops, cause, since=since, drift=drift)
-        self._not_before = loop.time() + _BREATH * (loop.time() - began)
+        failed = await self._apply(ops, cause, since=since, drift=drift)
+        now = loop.time()
+        self._not_before = now + _BREATH * (now - began)
+        self._resync_at = now + self._random.uniform(*_RESYNC_SECONDS)
+        if not failed:
+            self._all_dirty = False
+            self._retry, self._retry_at = 0.0, math.inf
+            self._refused = set()
 
-    async def _apply(self, ops: list[Op], cause: str, *, since: float, drift: bool) -> None:
+    async def _apply(self, ops: list[Op], cause: str, *, since: float, drift: bool) -> bool:
+        """Do it, and whether any of it was refused."""
         failures: list[Failure] = []
         for start in range(0, len(ops), _SLICE):
             part = ops[start : start + _SLICE]
@@ -261,37 +282,53 @@ class Reconciler:
             health.note_repair(ops, seconds)
             log.warning("repaired in %.0f ms: %s (%s)", seconds * 1000, summary(ops, failures), cause)
         elif ops:
-            log.info("%s: %s", cause, summary(ops, failures))
+            level = logging.INFO if len(ops) > _QUIET else logging.DEBUG
+            log.log(level, "%s: %s", cause, summary(ops, failures))
         if failures:
             self._back_off()
             self._name_failures(failures)
-        else:
-            self._retry = 0.0
+        return bool(failures)
 
     def _back_off(self) -> None:
         """What was refused stays in the difference: look again soon, at growing intervals."""
+        now = asyncio.get_running_loop().time()
+        if now < self._retry_at < math.inf:
+            return  # its turn comes
         first, longest = _RETRY_SECONDS
         self._retry = min(longest, self._retry * 2 or first)
+        self._retry_at = now + self._retry
 
     # --- facts -------------------------------------------------------------------------------------------
 
     def _needs(self, lease: Lease) -> tuple[tuple[Item, ...], str | None]:
         return self._backend.peer(lease, self._facts)
 
-    def _learn_again(self) -> None:
-        facts = self._learn(self._facts)
-        if facts.uplink != self._facts.uplink:
-            self._facts = facts
-            self._scope = self._scope._replace(uplink=facts.uplink.name)
-            self._peers.rebase(self._own, self._needs)
+    def _rebase(self) -> None:
+        self._peers.rebase(self._own, self._needs, self._facts.protected)
 
-    def _ask_on_link(self, update: LeaseUpdate) -> None:
+    def _learn_again(self) -> None:
+        before = self._facts
+        self._facts = self._learn(before)
+        self._scope = self._scope._replace(uplink=self._facts.uplink.name)
+        if (self._facts.uplink, self._facts.protected) != (before.uplink, before.protected):
+            self._rebase()
+
+    def _ask_on_link(self, updates: Sequence[LeaseUpdate]) -> None:
         """For a backend that routes directly: which of these peers need no gateway."""
         if not self._backend.wants_on_link:
             return
-        leases = update.leases if isinstance(update, Snapshot) else update.put
+        leases = [
+            lease
+            for update in updates
+            for lease in (update.leases if isinstance(update, Snapshot) else update.put)
+        ]
         asked = {ip for lease in leases for ip in (lease.attrs.public_ip, lease.attrs.public_ipv6) if ip}
-        found = self._kernel.on_link(asked, self._facts.uplink.name)
+        try:
+            found = self._kernel.on_link(asked, self._facts.uplink.name)
+        except OSError as error:
+            log.debug("cannot ask which peers are on-link: %s", error)
+            self._all_dirty = True
+            return
         self._facts = self._facts._replace(on_link=(self._facts.on_link - asked) | found)
 
     def _refresh_on_link(self) -> None:
@@ -302,15 +339,19 @@ class Reconciler:
         found = self._kernel.on_link(asked, self._facts.uplink.name)
         if found != self._facts.on_link:
             self._facts = self._facts._replace(on_link=found)
-            self._peers.rebase(self._own, self._needs)
+            self._rebase()
 
     # --- words -------------------------------------------------------------------------------------------
 
     def _name_failures(self, failures: Sequence[Failure]) -> None:
-        for failure in failures[:5]:
-            log.warning("the kernel refused: %s; trying again in %.0f s", failure, self._retry)
-        if len(failures) > 5:
-            log.warning("the kernel refused %d more operations", len(failures) - 5)
+        """Once per failure, however often it is tried again."""
+        texts = [str(failure) for failure in failures]
+        new = [text for text in texts if text not in self._refused]
+        self._refused = set(texts)
+        for text in new[:5]:
+            log.warning("the kernel refused: %s; trying again in %.0f s", text, self._retry)
+        if len(new) > 5:
+            log.warning("the kernel refused %d more operations", len(new) - 5)
 
     def _note_unreadable(self, update: LeaseUpdate) -> None:
         health = self._health

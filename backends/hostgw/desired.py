@@ -44,7 +44,9 @@ class HostGwBackend:
         Such a route would be refused, or would send pods' packets to a router that does not know them.
         """
         if lease.attrs.backend_type != self.name:
-            return PeerItems((), f"its backend type is {lease.attrs.backend_type!r}, ours is {self.name!r}")
+            return PeerItems(
+                (), f"its backend type is {lease.attrs.backend_type[:40]!r}, ours is {self.name!r}"
+            )
         device = facts.uplink.name
         items: list[Item] = []
         reasons: list[str] = []

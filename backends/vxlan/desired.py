@@ -109,7 +109,9 @@ class VxlanBackend:
     def peer(self, lease: Lease, facts: Facts) -> PeerItems:
         """FDB entry, neighbour and route per family; or one direct route where the underlay allows it."""
         if lease.attrs.backend_type != self.name:
-            return PeerItems((), f"its backend type is {lease.attrs.backend_type!r}, ours is {self.name!r}")
+            return PeerItems(
+                (), f"its backend type is {lease.attrs.backend_type[:40]!r}, ours is {self.name!r}"
+            )
         items: list[Item] = []
         reasons: list[str] = []
         for half in self._halves:

@@ -10,7 +10,7 @@ import struct
 from typing import NamedTuple
 
 from flannelpy.model.address import Address, Mac, Prefix
-from flannelpy.model.kernel import Link, Vxlan
+from flannelpy.model.kernel import Link, Route, Vxlan
 
 # Message types (rtnetlink.h, netlink.h).
 NLMSG_ERROR, NLMSG_DONE = 2, 3
@@ -262,30 +262,28 @@ def route_get(address: Address) -> Message:
     return Message(RTM_GETROUTE, 0, body + attr(RTA_DST, address))
 
 
-def route_put(destination: Prefix, protocol: int, metric: int, nexthop: int) -> Message:
-    """A unicast route of the main table through a nexthop object."""
-    address, length = destination
+def route_put(route: Route, nexthop: int, *, replace: bool) -> Message:
+    """A route through a nexthop object. Without `replace` one that is there already is an error (EEXIST)."""
+    address, length = route.destination
     width = len(address)
     body = _ROUTE[width].pack(
-        *(family(address), length, 0, 0, RT_TABLE_MAIN, protocol, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0),
-        *(4 + width, RTA_DST, address, 8, RTA_PRIORITY, metric, 8, RTA_NH_ID, nexthop),
+        *(family(address), length, 0, 0, RT_TABLE_MAIN, route.protocol, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0),
+        *(4 + width, RTA_DST, address, 8, RTA_PRIORITY, route.metric, 8, RTA_NH_ID, nexthop),
     )
-    return Message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
+    return Message(RTM_NEWROUTE, NLM_F_CREATE | (NLM_F_REPLACE if replace else NLM_F_EXCL), body)
 
 
-def plain_route_put(
-    destination: Prefix, protocol: int, metric: int, index: int, gateway: Address | None, onlink: bool
-) -> Message:
-    """A unicast route of the main table through a device, and a gateway if there is one."""
-    address, length = destination
+def plain_route_put(route: Route, index: int, *, replace: bool) -> Message:
+    """A route through a device, and a gateway if there is one; `replace` as above."""
+    address, length = route.destination
     body = RTMSG.pack(
-        *(family(address), length, 0, 0, RT_TABLE_MAIN, protocol, RT_SCOPE_UNIVERSE, RTN_UNICAST),
-        RTNH_F_ONLINK if onlink else 0,
+        *(family(address), length, 0, 0, RT_TABLE_MAIN, route.protocol, RT_SCOPE_UNIVERSE, RTN_UNICAST),
+        RTNH_F_ONLINK if route.onlink else 0,
     )
-    body += attr(RTA_DST, address) + attr_u32(RTA_PRIORITY, metric) + attr_u32(RTA_OIF, index)
-    if gateway is not None:
-        body += attr(RTA_GATEWAY, gateway)
-    return Message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
+    body += attr(RTA_DST, address) + attr_u32(RTA_PRIORITY, route.metric) + attr_u32(RTA_OIF, index)
+    if route.gateway is not None:
+        body += attr(RTA_GATEWAY, route.gateway)
+    return Message(RTM_NEWROUTE, NLM_F_CREATE | (NLM_F_REPLACE if replace else NLM_F_EXCL), body)
 
 
 def route_delete(destination: Prefix, metric: int, protocol: int = 0) -> Message:

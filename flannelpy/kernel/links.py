@@ -132,7 +132,12 @@ def _creation_error(link: Link, error: NetlinkError, links: Iterable[LinkInfo]) 
     if error.errno == errno.EEXIST and link.vxlan is not None:
         vni = link.vxlan.vni
         for other in links:
-            if other.kind == "vxlan" and replies.read_vxlan(other.vxlan, {}).vni == vni:
+            if other.kind != "vxlan":
+                continue
+            found = replies.read_vxlan(other.vxlan, {})
+            families = [len(address or b"") for address in (found.local, link.vxlan.local)]
+            same_port = link.vxlan.port in (0, found.port)
+            if found.vni == vni and same_port and (0 in families or families[0] == families[1]):
                 return NetlinkError(
                     error.errno,
                     f"device {other.name} holds VNI {vni} on this port already: remove it"

@@ -8,7 +8,7 @@ routes for good, while plain routes come back with the carrier.
 """
 
 import errno
-from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Container, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -18,7 +18,7 @@ from flannelpy.kernel.codec import Message
 from flannelpy.kernel.links import GONE, Failure, Links, link_of
 from flannelpy.kernel.monitor import Monitor, View
 from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
-from flannelpy.kernel.nexthop import Nexthops
+from flannelpy.kernel.nexthop import Nexthops, Way
 from flannelpy.kernel.replies import RouteInfo
 from flannelpy.model.address import Address, Prefix
 from flannelpy.model.kernel import (
@@ -73,7 +73,7 @@ class LinuxKernel:
         links = {link.ifindex: link for link in self._links.by_name.values()}
         ours = {index: link.name for index, link in links.items() if link.name in self._scope.devices}
         names = {index: link.name for index, link in links.items()}
-        return View(self._scope, ours, links, partial(self._route, names=names))
+        return View(self._scope, ours, links, self._nexthops.is_ours, partial(self._route, names=names))
 
     # --- questions ---------------------------------------------------------------------------------------
 
@@ -94,6 +94,12 @@ class LinuxKernel:
             Interface(link.ifindex, link.name, link.mtu, tuple(addresses.get(link.ifindex, ())))
             for link in self._links.read().values()
         ]
+
+    def links(self, names: Container[str]) -> dict[str, Link]:
+        """The devices of these names that there are."""
+        found = self._links.read()
+        indices = {link.ifindex: name for name, link in found.items()}
+        return {name: link_of(link, indices) for name, link in found.items() if name in names}
 
     def default_routes(self) -> list[DefaultRoute]:
         """The default routes of both families in the main table, in the kernel's order."""
@@ -235,7 +241,7 @@ class LinuxKernel:
                     found.append(route)
         return found
 
-    def _read_nexthops(self, devices: Iterable[int]) -> None:
+    def _read_nexthops(self, devices: dict[int, str]) -> None:
         if not self._use_nexthops:
             return
         try:
@@ -274,10 +280,12 @@ class LinuxKernel:
 
     def _apply_bulk(self, ops: Sequence[Op]) -> list[Failure]:
         """Everything but links: one batch, errors attributed to their operation by sequence number."""
+        failures = self._make_nexthops(ops)
         messages: list[Message] = []
         owners: list[Op] = []
-        failures: dict[int, Failure] = {}
         for op in ops:
+            if id(op) in failures:
+                continue
             try:
                 encoded = self._encode(op)
             except NetlinkError as error:
@@ -290,9 +298,30 @@ class LinuxKernel:
             if not (isinstance(op, Remove) and refusal.errno in GONE):
                 failures.setdefault(id(op), Failure(op, refusal))
         for failure in failures.values():
-            self._nexthops.use(failure.op.item.key, 0) if isinstance(failure.op.item, Route) else None
+            if isinstance(failure.op.item, Route):
+                self._nexthops.use(failure.op.item.key, 0)
         self._netlink.batch([codec.nexthop_delete(number) for number in self._nexthops.unused()])
-        return list(failures.values())
+        return self._explained(list(failures.values()))
+
+    def _explained(self, failures: list[Failure]) -> list[Failure]:
+        """Name who stands in the way of a route."""
+        if not any(isinstance(f.op.item, Route) and f.error.errno == errno.EEXIST for f in failures):
+            return failures
+        names = {link.ifindex: name for name, link in self._links.by_name.items()}
+        holders = {route.destination: names.get(route.ifindex, "?") for route in self._main_routes()}
+        found = []
+        for failure in failures:
+            item = failure.op.item
+            if (
+                isinstance(item, Route)
+                and failure.error.errno == errno.EEXIST
+                and item.destination in holders
+            ):
+                words = f"{holders[item.destination]} has a route to it already, which is left alone"
+                found.append(failure._replace(error=NetlinkError(errno.EEXIST, words)))
+            else:
+                found.append(failure)
+        return found
 
     def _encode(self, op: Op) -> list[Message]:
         item = op.item
@@ -306,27 +335,56 @@ class LinuxKernel:
                     return [codec.neighbour_put(index, address, mac)]
                 return [codec.neighbour_delete(index, address)]
             case Route():
-                return self._route_messages(item) if put else self._route_removal(item)
+                if isinstance(op, Put):
+                    return self._route_messages(item, replace=op.was is not None)
+                return self._route_removal(item)
             case DeviceAddress(device=device, prefix=prefix):
                 index = self._links.index(device)
                 return [codec.address_put(index, prefix) if put else codec.address_delete(index, prefix)]
             case Link():
                 raise TypeError("links are not applied in bulk")
 
-    def _route_messages(self, route: Route) -> list[Message]:
+    def _make_nexthops(self, ops: Sequence[Op]) -> dict[int, Failure]:
+        """The objects that new routes will go through, before any of these routes.
+
+        A route must not go through an object that somebody else made under the number that we chose.
+        """
+        messages: list[Message] = []
+        wanted: list[tuple[Op, Way]] = []
+        for op in ops:
+            item = op.item
+            if isinstance(op, Put) and isinstance(item, Route):
+                way = self._way(item)
+                number, new = self._nexthops.number_for(way) if way is not None else (0, False)
+                if way is not None and new:
+                    messages.append(codec.nexthop_put(number, *way, ROUTE_PROTOCOL))
+                    wanted.append((op, way))
+        failures = {}
+        for position, refusal in self._netlink.batch(messages).items():
+            op, way = wanted[position]
+            self._nexthops.refused(way)
+            failures[id(op)] = Failure(op, refusal)
+        return failures
+
+    def _way(self, route: Route) -> Way | None:
+        """The way of a route that goes through a nexthop object; None for a plain route."""
+        if route.gateway is None or not route.onlink or not self._use_nexthops:
+            return None
+        link = self._links.by_name.get(route.device)
+        return (link.ifindex, route.gateway) if link is not None else None
+
+    def _route_messages(self, route: Route, *, replace: bool) -> list[Message]:
         index = self._links.index(route.device)
-        destination, gateway = route.destination, route.gateway
-        if gateway is None or not route.onlink or not self._use_nexthops:
+        way = self._way(route)
+        if way is None:
             self._nexthops.use(route.key, 0)
-            return [
-                codec.plain_route_put(destination, route.protocol, route.metric, index, gateway, route.onlink)
-            ]
-        number, new = self._nexthops.number_for((index, gateway))
-        self._nexthops.use(route.key, number)
-        message = codec.route_put(destination, route.protocol, route.metric, number)
+            return [codec.plain_route_put(route, index, replace=replace)]
+        number, new = self._nexthops.number_for(way)
         if new:
-            return [codec.nexthop_put(number, index, gateway, ROUTE_PROTOCOL), message]
-        return [message]
+            self._nexthops.refused(way)
+            raise NetlinkError(errno.ENOENT, "its nexthop object could not be made")
+        self._nexthops.use(route.key, number)
+        return [codec.route_put(route, number, replace=replace)]
 
     def _route_removal(self, route: Route) -> list[Message]:
         self._nexthops.use(route.key, 0)

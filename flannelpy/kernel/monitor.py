@@ -19,7 +19,6 @@ from flannelpy.kernel.netlink import enlarge_receive_buffer
 from flannelpy.kernel.replies import LinkInfo, RouteInfo
 from flannelpy.model.kernel import (
     PROTOCOL_KERNEL,
-    ROUTE_PROTOCOL,
     Appeared,
     DeviceAddress,
     FdbEntry,
@@ -49,6 +48,7 @@ class View(NamedTuple):
     """The devices in the scope that exist: index -> name."""
     links: dict[int, LinkInfo]
     """All links as last read."""
+    is_our_nexthop: Callable[[int], bool]
     route: Callable[[RouteInfo], Route]
 
 
@@ -158,10 +158,11 @@ def read(view: View, kind: int, body: bytes) -> Notice | None:
         return _neighbour(view, body, gone=kind == codec.RTM_DELNEIGH)
     if kind in (codec.RTM_NEWROUTE, codec.RTM_DELROUTE):
         return _route(view, body, gone=kind == codec.RTM_DELROUTE)
-    if kind == codec.RTM_DELNEXTHOP:
-        info = replies.read_nexthop(body)
-        if info.ifindex in view.ours or info.protocol == ROUTE_PROTOCOL:
-            return Shaken(f"nexthop object {info.number} was deleted")
+    if kind in (codec.RTM_NEWNEXTHOP, codec.RTM_DELNEXTHOP):
+        number = replies.read_nexthop(body).number
+        if view.is_our_nexthop(number):
+            what = "deleted" if kind == codec.RTM_DELNEXTHOP else "altered"
+            return Shaken(f"nexthop object {number} was {what}")
     return None
 
 

@@ -6,6 +6,7 @@ Netlink answers before `send` returns, so everything here is synchronous and tak
 import errno
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 
 from flannelpy.kernel import codec, replies
@@ -118,6 +119,10 @@ class NetlinkSocket:
             if seq != sequence:
                 continue
             if kind == codec.NLMSG_DONE:
+                # It carries an error, too: an unknown device is not an empty table.
+                code = int.from_bytes(body[:4], sys.byteorder, signed=True)
+                if code < 0:
+                    raise NetlinkError(-code)
                 break
             if kind == codec.NLMSG_ERROR:
                 code, words = replies.read_error(body)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from typing import TypeAlias
+from zlib import crc32
 
 from flannelpy.kernel.replies import NexthopInfo
 from flannelpy.model.address import Address, Prefix
@@ -11,11 +12,16 @@ RouteKey: TypeAlias = tuple[Prefix, int]
 Way: TypeAlias = tuple[int, Address]
 """(device index, gateway)."""
 
+_BLOCK = 1 << 16
+_FIRST_BLOCK, _BLOCKS = 0x4600, 0x200
+"""Our numbers lie far from those that people and routing daemons choose, in a block per first device."""
+
 
 class Nexthops:
     """The nexthop objects of this host as last read, and as changed by us since.
 
-    The kernel removes a nexthop object's routes with it, so one may only go once no route uses it.
+    The kernel removes a nexthop object's routes with it, so one may only go once no route uses it. An object
+    is ours by its mark and its device; a number alone says nothing.
     """
 
     def __init__(self) -> None:
@@ -29,9 +35,8 @@ class Nexthops:
         """Number of ours -> routes that use it; 0 = to be removed."""
         self._last = 0
 
-    def load(self, found: Iterable[NexthopInfo], devices: Iterable[int]) -> None:
-        """Start afresh from what the kernel has; on `devices` those with our mark are ours."""
-        ours = frozenset(devices)
+    def load(self, found: Iterable[NexthopInfo], devices: dict[int, str]) -> None:
+        """Start afresh from what the kernel has; on `devices` (index -> name) what is marked is ours."""
         self.by_number = {info.number: info for info in found}
         self._taken = set(self.by_number)
         self._numbers = {
@@ -40,11 +45,18 @@ class Nexthops:
             if info.protocol == ROUTE_PROTOCOL
             and info.gateway is not None
             and info.onlink
-            and info.ifindex in ours
+            and info.ifindex in devices
         }
         self._used_by = {}
         # What nothing uses was left by a crash between the two halves of a put.
         self._users = dict.fromkeys(self._numbers.values(), 0)
+        if not self._last and devices:
+            block = _FIRST_BLOCK + crc32(min(devices.values()).encode()) % _BLOCKS
+            self._last = block * _BLOCK
+
+    def is_ours(self, number: int) -> bool:
+        """Whether we made this object, or took it over."""
+        return number in self._users
 
     def number_for(self, way: Way) -> tuple[int, bool]:
         """(the number of our object for a way, whether it has to be made first)."""
@@ -58,6 +70,11 @@ class Nexthops:
         self._taken.add(self._last)
         self._users[self._last] = 0
         return self._last, True
+
+    def refused(self, way: Way) -> None:
+        """Our object could not be made: somebody else may have its number, and we must not remove theirs."""
+        number = self._numbers.pop(way, 0)
+        self._users.pop(number, None)
 
     def use(self, route: RouteKey, number: int) -> None:
         """A route goes through this object now; 0 = through none, or there is no such route any more."""

@@ -6,7 +6,7 @@ else is refused with a reason; a refused lease never disturbs a good one.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from flannelpy.model.address import Address, Prefix, format_address, is_unicast
@@ -16,6 +16,9 @@ from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot
 
 Span = tuple[int, int, int]
 """A subnet as (bits of its family, first address, last address)."""
+
+Protected = tuple[str, Prefix]
+"""What no peer's subnet may overlap, with words for it."""
 
 Needs = Callable[[Lease], tuple[tuple[Item, ...], str | None]]
 """A lease -> (its objects, why not all of them): a backend's `peer` with the facts bound."""
@@ -33,8 +36,11 @@ class Change(NamedTuple):
 class Peers:
     """All leases but our own, and the desired state that follows from them."""
 
-    def __init__(self, config: NetworkConfig, own: Lease, needs: Needs) -> None:
+    def __init__(
+        self, config: NetworkConfig, own: Lease, needs: Needs, protected: Sequence[Protected] = ()
+    ) -> None:
         self.leases: dict[str, Lease] = {}
+        """Our own among them: another node may hold that subnet once we have another one."""
         self.refused: dict[str, str] = {}
         """Key -> why (a part of) this lease is not programmed."""
         self.state = State()
@@ -44,6 +50,7 @@ class Peers:
         self._config = config
         self._own = own
         self._needs = needs
+        self._protected = _protected(protected)
         self._networks = {
             network.bits: (network.first, network.last)
             for network in (config.network, config.network6)
@@ -56,18 +63,16 @@ class Peers:
         self._clashes = 0
         """Leases refused because of another one: if that changes, they must be looked at again."""
 
-    def rebase(self, own: Lease, needs: Needs) -> None:
+    def rebase(self, own: Lease, needs: Needs, protected: Sequence[Protected] = ()) -> None:
         """Our lease or the facts changed: judge all leases afresh."""
         self._own, self._needs = own, needs
-        self.leases.pop(own.key, None)
+        self._protected = _protected(protected)
         self._rebuild()
 
     def update(self, update: LeaseUpdate) -> Change:
         """Take in what the store says."""
         records = update.leases if isinstance(update, Snapshot) else update.put
-        put = [
-            lease for lease in records if lease.key != self._own.key and self.leases.get(lease.key) != lease
-        ]
+        put = [lease for lease in records if self.leases.get(lease.key) != lease]
         if isinstance(update, Delta):
             return self._change([key for key in update.gone if key in self.leases], put)
         self.synced = True
@@ -80,24 +85,39 @@ class Peers:
 
     def _change(self, gone: list[str], put: list[Lease]) -> Change:
         before = len(self.leases)
+        was = {lease.key: self.leases.get(lease.key) for lease in put}
         for key in gone:
             del self.leases[key]
         for lease in put:
             self.leases[lease.key] = lease
-        # Most of them changed, or who gives way to whom depends on all of them: judge all.
-        full = len(gone) + len(put) > before // 2 or self._clashes > 0
+        # Most renewals change nothing that a peer needs.
+        put = [lease for lease in put if not self._is_renewal(was[lease.key], lease)]
+        # Most of them changed, or somebody may get what another one leaves: judge all.
+        full = len(gone) + len(put) > before // 2
+        if self._clashes and not full:
+            full = any(key in self._items for key in (*gone, *(lease.key for lease in put)))
         touched = State()
         if not full:
+            clashes = self._clashes
             for key in gone:
                 touched.add(self._take_out(key))
             for lease in put:
                 touched.add(self._take_out(lease.key))
                 touched.add(self._take_in(lease))
-            full = self._clashes > 0
+            full = self._clashes > clashes
         if full:
             self._rebuild()
             return Change(State(), full=True)
         return Change(touched, full=False)
+
+    def _is_renewal(self, was: Lease | None, now: Lease) -> bool:
+        """Whether a programmed lease was only written again."""
+        return (
+            was is not None
+            and was.key in self._items
+            and was.key not in self.refused
+            and (was.attrs, was.created) == (now.attrs, now.created)
+        )
 
     def _rebuild(self) -> None:
         """Judge all leases, the earlier created first."""
@@ -112,6 +132,8 @@ class Peers:
 
     def _take_in(self, lease: Lease) -> tuple[Item, ...]:
         """Judge one lease; its objects, now part of the state."""
+        if lease.key == self._own.key or lease.attrs == self._own.attrs:
+            return ()  # ourselves
         spans = _spans(lease)
         items: tuple[Item, ...] = ()
         reason = self._unusable(lease, spans)
@@ -173,6 +195,11 @@ class Peers:
             if network is not None and not network[0] <= first <= last <= network[1]:
                 subnet = lease.subnet if bits == 32 else lease.subnet6
                 return f"its subnet {subnet} is not inside the network {self._config_network(bits)}"
+        for what, bits, low, high in self._protected:
+            for own_bits, first, last in spans:
+                if bits == own_bits and low <= last and first <= high:
+                    subnet = lease.subnet if bits == 32 else lease.subnet6
+                    return f"its subnet {subnet} contains {what}"
         attrs = lease.attrs
         if attrs.public_ip is not None:
             reason = self._bad_public_ip(attrs.public_ip, self._own.attrs.public_ip)
@@ -197,6 +224,10 @@ class Peers:
                 f"{self._config_network(len(public_ip) * 8)}"
             )
         return None
+
+
+def _protected(blocks: Sequence[Protected]) -> list[tuple[str, int, int, int]]:
+    return [(what, block.bits, block.first, block.last) for what, block in blocks]
 
 
 def _spans(lease: Lease) -> list[Span]:

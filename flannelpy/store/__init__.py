@@ -7,6 +7,9 @@ from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
 from flannelpy.model.subnet import Previous
 
+TTL_SECONDS = 86_400
+"""How long a claim lasts without renewal, flannel's; after that the subnet is free for others."""
+
 Offer: TypeAlias = Callable[[Lease | None, Sequence[Lease]], LeaseAttrs]
 """(the lease that we are about to take over or None, all other nodes' leases) -> what we tell the peers.
 

@@ -15,16 +15,13 @@ from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Delta, Lease, LeaseUpdate
 from flannelpy.model.subnet import Previous, encode_attrs
-from flannelpy.store import Offer
+from flannelpy.store import TTL_SECONDS, Offer
 from flannelpy.store import etcd_pb2 as pb
 from flannelpy.store.etcd_acquire import Acquisition
 from flannelpy.store.etcd_client import EtcdClient, OutcomeUnknownError
 from flannelpy.store.etcd_codec import changes_of, read_changes
 from flannelpy.store.etcd_records import EtcdRecords, Head, State, head_of, quietly
 from flannelpy.store.etcd_retry import Retry
-
-TTL = 86_400
-"""Seconds that a claim lasts without renewal; flannel's."""
 
 
 class EtcdStore:
@@ -38,7 +35,7 @@ class EtcdStore:
         client: EtcdClient,
         prefix: str,
         *,
-        ttl: int = TTL,
+        ttl: int = TTL_SECONDS,
         random: Random | None = None,
         on_trouble: Callable[[str | None], None] | None = None,
     ) -> None:

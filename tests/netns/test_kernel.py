@@ -236,6 +236,32 @@ def test_a_nexthop_left_by_a_crash_is_used_or_removed(linux: LinuxKernel) -> Non
 
 
 @pytest.mark.root
+def test_nexthops_and_routes_of_others_are_never_used_replaced_or_removed(linux: LinuxKernel) -> None:
+    settle(linux, State([*own(), *peer(2)]))
+    (number, *_rest) = sorted(int(line.split()[1]) for line in run("ip nexthop").splitlines())
+    for foreign in range(number + 2, number + 6):  # just the numbers that would come next: two are ours
+        run(f"ip nexthop add id {foreign} via 192.0.2.200 dev eth0")
+    run(f"ip route add 172.20.0.0/16 nhid {number + 2}")
+    run("ip route add 10.5.4.0/24 via 192.0.2.4 dev eth0 proto static")
+    failures = linux.apply([Put(item) for item in [*peer(3), *peer(4)]])
+    assert [
+        failure
+        for failure in map(str, failures)
+        if "10.5.4.0/24" not in failure and "File exists" not in failure
+    ] == []
+    assert "172.20.0.0/16" in run("ip route")
+    assert "10.5.4.0/24 via 192.0.2.4 dev eth0 proto static" in run("ip route")
+    assert len(run("ip nexthop show dev eth0").splitlines()) == 4
+    settle(linux, State([*own(), *peer(2), *peer(3)]))
+
+
+@pytest.mark.root
+def test_a_table_of_a_device_that_is_gone_is_an_error_not_an_empty_table(linux: LinuxKernel) -> None:
+    with pytest.raises(OSError, match="No such device"):
+        linux._main_routes(index=99999)
+
+
+@pytest.mark.root
 def test_without_nexthop_objects_plain_routes_do(linux: LinuxKernel) -> None:
     linux._use_nexthops = False
     settle(linux, State([*own(), *peer(2)]))

@@ -13,7 +13,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from flannelpy.kernel import codec, replies
 from flannelpy.model.address import parse_mac, parse_prefix, parse_v4, parse_v6
-from flannelpy.model.kernel import Link, Vxlan
+from flannelpy.model.kernel import Link, Route, Vxlan
 
 MAC = parse_mac("02:00:00:00:00:07")
 
@@ -67,14 +67,15 @@ def test_neighbour(address: str, family: int) -> None:
 
 
 def test_routes() -> None:
-    destination = parse_prefix("10.5.2.0/24")
-    message = codec.route_put(destination, 70, 0, 33)
+    route = Route(parse_prefix("10.5.2.0/24"), "flannel.1", parse_v4("10.5.2.0"), onlink=True)
+    message = codec.route_put(route, 33, replace=False)
+    assert message.flags == codec.NLM_F_CREATE | codec.NLM_F_EXCL, "nobody else's route is replaced"
     parsed = read(message, rtmsg)
     assert (parsed["dst_len"], parsed["proto"], parsed["table"], parsed["type"]) == (24, 70, 254, 1)
     assert (parsed.get_attr("RTA_DST"), parsed.get_attr("RTA_PRIORITY")) == ("10.5.2.0", 0)
     # RTA_NH_ID is unknown to this pyroute2; our own reading of it is held against the kernel in tests/netns.
     assert codec.attribute_u32(message.body, 12, codec.RTA_NH_ID) == 33
-    parsed = read(codec.plain_route_put(destination, 70, 5, 9, parse_v4("10.5.2.0"), onlink=True), rtmsg)
+    parsed = read(codec.plain_route_put(route._replace(metric=5), 9, replace=True), rtmsg)
     assert (parsed.get_attr("RTA_OIF"), parsed.get_attr("RTA_GATEWAY")) == (9, "10.5.2.0")
     assert (parsed["flags"], parsed.get_attr("RTA_PRIORITY")) == (4, 5)
 

@@ -3,6 +3,7 @@
 import pytest
 
 from flannelpy.backend import load
+from flannelpy.model.address import host, parse_prefix, parse_v4
 from flannelpy.model.kernel import State
 from flannelpy.model.lease import Delta, Lease, Snapshot
 from flannelpy.model.peers import Peers
@@ -128,6 +129,49 @@ def test_a_snapshot_removes_who_is_absent_but_not_who_became_unreadable() -> Non
 def test_our_own_lease_is_no_peer() -> None:
     found = peers()
     found.update(snapshot())
-    assert not found.leases
-    found.update(Delta((OWN,), (OWN.key,), 11))
-    assert not found.leases
+    assert not programmed(found)
+    found.update(Delta((OWN._replace(revision=20),), (), 11))
+    assert not programmed(found)
+    assert not found.refused
+    # Another key of ours, written before we were told that we have it.
+    found.update(Delta((OWN._replace(key="10.5.7.0-24", subnet=parse_prefix("10.5.7.0/24")),), (), 12))
+    assert not programmed(found)
+    assert not found.refused
+
+
+def test_the_new_owner_of_our_old_subnet_is_a_peer() -> None:
+    thief = lease("10.5.1.0/24", "192.0.2.9", mac="02:00:00:00:00:09", created=5)
+    found = peers()
+    found.update(snapshot())
+    found.update(Delta((thief,), (), 11))
+    assert not programmed(found)
+    moved = lease("10.5.8.0/24", "192.0.2.1", mac="02:00:00:00:00:01", created=6)
+    found.rebase(moved, found._needs)
+    assert programmed(found) == {"10.5.1.0/24"}
+
+
+def test_a_subnet_that_contains_what_the_node_stands_on_is_refused() -> None:
+    backend = load(config())
+    block = ("10.5.77.1, an address of eth0", host(parse_v4("10.5.77.1")))
+    found = Peers(config(), OWN, lambda one: backend.peer(one, facts()), [block])
+    found.update(snapshot(lease("10.5.77.0/24"), lease("10.5.78.0/24", "192.0.2.8", mac="02:00:00:00:00:08")))
+    assert programmed(found) == {"10.5.78.0/24"}
+    assert found.refused == {"10.5.77.0-24": "its subnet 10.5.77.0/24 contains 10.5.77.1, an address of eth0"}
+
+
+def test_renewals_touch_nothing_even_beside_a_clash() -> None:
+    early, clone = lease(created=1), lease("10.5.3.0/24", "192.0.2.3", created=2)
+    others = [
+        lease(f"10.5.{n}.0/24", f"192.0.2.{n}", mac=f"02:00:00:00:00:{n:02x}", created=n)
+        for n in range(10, 20)
+    ]
+    found = peers()
+    found.update(snapshot(early, clone, *others))
+    assert set(found.refused) == {clone.key}
+    for renewed in (early, others[0]):
+        change = found.update(Delta((renewed._replace(revision=99, etcd_lease_id=7),), (), 99))
+        assert not change.full
+        assert len(change.touched) == 0
+    assert not found.update(Delta((), (), 100)).full
+    found.update(Delta((), (early.key,), 101))
+    assert "10.5.3.0/24" in programmed(found), "it gets what the earlier one left"

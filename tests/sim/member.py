@@ -1,0 +1,258 @@
+"""One machine of a simulated cluster: its kernel, its subnet.env, and the process that runs there or not."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+from random import Random
+from typing import Protocol
+
+from flannelpy.backend import load
+from flannelpy.errors import KernelError, StoreError, UplinkError
+from flannelpy.health import Health
+from flannelpy.kernel.fake import FakeKernel
+from flannelpy.model.address import Address, Prefix, parse_prefix
+from flannelpy.model.config import NetworkConfig
+from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
+from flannelpy.model.plan import Op
+from flannelpy.model.subnet import Previous
+from flannelpy.model.uplink import Interface, InterfaceAddress, Wish
+from flannelpy.node import Node, Parts
+from flannelpy.store import Offer
+from flannelpy.store.memory import MemoryData, MemoryStore
+from flannelpy.subnet_env import variables
+
+
+class Died(BaseException):
+    """The process was killed."""
+
+
+class Cluster(Protocol):
+    """What a member needs of the world."""
+
+    config: NetworkConfig
+    data: MemoryData
+    random: Random
+
+    def note(self, text: str) -> None: ...
+    def fault_until(self, seconds: float, *, robbed: "Member | None" = None) -> None: ...
+    def violation(self, text: str) -> None: ...
+    def holds(self, member: "Member", own: Lease) -> bool: ...
+    def stepped(self, member: "Member", op: Op) -> None: ...
+
+
+class SimStore(MemoryStore):
+    """A store far away: it takes its time, fails, and may lose an answer after it did what was asked."""
+
+    def __init__(self, member: "Member") -> None:
+        super().__init__(member.world.data, random=Random(member.world.random.random()))
+        self.member = member
+        self.flaky = 0.0
+        """How likely a request, and then its answer, is lost."""
+        self.alive = True
+        self.die_after_write = False
+
+    async def _trip(self) -> None:
+        random = self.member.world.random
+        await asyncio.sleep(random.uniform(0.001, 0.05))
+        if not self.alive:
+            raise Died
+        if random.random() < self.flaky:
+            raise StoreError("lost on the way", transient=True)
+
+    async def _answer(self, own: Lease) -> None:
+        world = self.member.world
+        if not world.holds(self.member, own):
+            world.violation(f"{self.member} was told that it owns {own.key}, the store says otherwise")
+        if self.die_after_write:
+            raise Died
+        try:
+            await self._trip()
+        except StoreError:
+            world.fault_until(0.0, robbed=self.member)  # it will find its record changed, by itself
+            raise
+
+    async def acquire(self, config: NetworkConfig, offer: Offer, previous: Previous) -> Lease:
+        def offered(remembered: Lease | None, others: tuple[Lease, ...]) -> LeaseAttrs:
+            attrs = offer(remembered, others)
+            self.member.remember(attrs)
+            return attrs
+
+        await self._trip()
+        own = await super().acquire(config, offered, previous)  # type: ignore[arg-type]
+        await self._answer(own)
+        return own
+
+    async def renew(self, own: Lease) -> Lease | None:
+        await self._trip()
+        self.member.remember(own.attrs)
+        renewed = await super().renew(own)
+        if renewed is not None:
+            await self._answer(renewed)
+        return renewed
+
+    async def watch(self) -> AsyncGenerator[LeaseUpdate, None]:
+        async with aclosing(super().watch()) as updates:
+            async for update in updates:
+                await asyncio.sleep(self.member.world.random.uniform(0.001, 0.05))
+                if not self.alive:
+                    raise Died
+                yield update
+
+
+class Member:
+    """A machine with an uplink eth0. `segment` decides which others it reaches without a router."""
+
+    def __init__(self, world: Cluster, number: int, segment: int) -> None:
+        self.world = world
+        self.number = number
+        self.segment = segment
+        self.kernel = FakeKernel()
+        self.kernel.nexthops = world.random.random() < 0.8
+        self.kernel.latency = lambda: world.random.uniform(0.0, 0.05)
+        self.kernel.refuse = self._refuse
+        self.kernel.after_each = self._stepped
+        self.env = ""
+        self.store: SimStore | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.health = Health()
+        self.was: set[Address] = set()
+        """All public IPs that it told the others, ever."""
+        self.refusal: Callable[[Op], int] = lambda _op: 0
+        self.steps_to_live = 0
+        """0 = the process does not die by itself."""
+        self.connected = True
+
+    def __str__(self) -> str:
+        return f"node{self.number}"
+
+    # --- the process -------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        return self.task is not None
+
+    def start(self) -> None:
+        if self.task is None:
+            self.task = asyncio.create_task(self._supervise(), name=str(self))
+
+    async def kill(self) -> None:
+        """As SIGKILL: nothing of it has another turn that anybody could notice."""
+        task, self.task = self.task, None
+        if task is not None:
+            self._dead()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _dead(self) -> None:
+        if self.store is not None:
+            self.store.alive = False
+
+    async def _supervise(self) -> None:
+        """What systemd does: start it again."""
+        while True:
+            try:
+                await Node(self._parts()).live()
+            except (Exception, Died, BaseExceptionGroup) as error:  # noqa: BLE001
+                reasons = list(_leaves(error))
+                self._dead()
+                self.world.note(f"{self} ended: {reasons}")
+                expected = (Died, UplinkError, KernelError, asyncio.CancelledError)
+                for reason in reasons:
+                    if not isinstance(reason, expected):
+                        self.world.violation(f"{self} ended with {reason!r}")
+            self.steps_to_live = 0
+            await asyncio.sleep(self.world.random.uniform(0.1, 2.0))
+            self.world.fault_until(0.0)
+
+    def _parts(self) -> Parts:
+        world = self.world
+        self.store = SimStore(self)
+        self.store.connect(connected=self.connected)
+        self.health = Health()
+        return Parts(
+            store=self.store,
+            host=self.kernel,
+            config=world.config,
+            backend=load(world.config),
+            wish=Wish(),
+            host_id=str(self),
+            store_hosts=(),
+            previous=_previous(self.env),
+            margin_minutes=60,
+            write_subnet_env=self._write_env,
+            ip_masq=False,
+            on_ready=lambda text: world.note(f"{self} ready: {text}"),
+            health=self.health,
+            random=Random(world.random.random()),
+        )
+
+    def _write_env(self, text: str) -> None:
+        self._still_alive()
+        self.env = text
+        self.world.note(f"{self} env {' '.join(text.split())}")
+
+    def remember(self, attrs: LeaseAttrs) -> None:
+        """What it is about to tell: records with these addresses are its."""
+        self._still_alive()
+        self.was.update(ip for ip in (attrs.public_ip, attrs.public_ipv6) if ip is not None)
+
+    def _still_alive(self) -> None:
+        if self.store is None or not self.store.alive:
+            raise Died
+
+    def _refuse(self, op: Op) -> int:
+        self._still_alive()
+        return self.refusal(op)
+
+    def _stepped(self, op: Op) -> None:
+        self.world.stepped(self, op)
+        if self.steps_to_live:
+            self.steps_to_live -= 1
+            if self.steps_to_live == 0:
+                self.world.note(f"{self} dies after: {op}")
+                self._dead()
+                raise Died
+
+    # --- the uplink --------------------------------------------------------------------------------------
+
+    def plug_in(self, host: int, mtu: int = 1500, *, index: int = 2, routed: bool = True) -> None:
+        """Give the uplink its addresses, and its default routes, now or later with `route`."""
+        v4 = parse_prefix(f"198.18.{self.segment}.{host}/24")
+        v6 = parse_prefix(f"2001:db8:0:{self.segment}::{host:x}/64")
+        addresses = (InterfaceAddress(v4), InterfaceAddress(v6))
+        self.kernel.others_set_uplink(Interface(index, "eth0", mtu, addresses))
+        if routed:
+            self.route()
+
+    def route(self) -> None:
+        """Default routes are not announced to the daemon."""
+        if "eth0" in self.kernel.uplinks:
+            self.kernel.defaults = {32: "eth0", 128: "eth0"}
+
+    def uplink(self) -> Interface:
+        return self.kernel.uplinks["eth0"]
+
+    def address(self, bits: int) -> Address:
+        return next(own.prefix.address for own in self.uplink().addresses if own.prefix.bits == bits)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _previous(text: str) -> Previous:
+    values = variables(text) if text else {}
+
+    def block(name: str) -> Prefix | None:
+        return parse_prefix(values[name][0]).network() if name in values else None
+
+    return Previous(
+        block("FLANNEL_NETWORK"),
+        block("FLANNEL_SUBNET"),
+        block("FLANNEL_IPV6_NETWORK"),
+        block("FLANNEL_IPV6_SUBNET"),
+    )
