@@ -6,11 +6,11 @@ Texts of booleans and integers are those of Go's `flag` package (strconv.ParseBo
 
 import posixpath
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from flannelpy.model.address import Address, is_unicast, parse_address, parse_v4, parse_v6
+from flannelpy.model.uplink import compile_regex
 
 Reader: TypeAlias = Callable[[str], Any]
 
@@ -111,16 +111,10 @@ def read_public_ipv6(text: str) -> Address | None:
 
 
 def read_regex(text: str) -> str:
-    """A regular expression that compiles; `[[:alpha:]]` of Go is refused, it would mean something else."""
+    """A regular expression that compiles."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            re.compile(text)
-    except FutureWarning:
-        raise ValueError(
-            "must be a regular expression in Python's syntax: write [a-z] for [[:alpha:]]"
-        ) from None
-    except (re.error, RecursionError, OverflowError) as error:
+        compile_regex(text)
+    except ValueError as error:
         raise ValueError(f"must be a regular expression: {error}") from None
     return text
 

@@ -18,7 +18,7 @@ from flannelpy.health import Health
 from flannelpy.model.address import Address, Prefix, format_address
 from flannelpy.model.address import host as host_prefix
 from flannelpy.model.config import NetworkConfig, overlap_warnings
-from flannelpy.model.kernel import Link, Notice, Scope
+from flannelpy.model.kernel import Link, Notice, Scope, Shaken
 from flannelpy.model.lease import Lease, LeaseAttrs
 from flannelpy.model.leftover import leftover_devices
 from flannelpy.model.subnet import Previous
@@ -27,6 +27,9 @@ from flannelpy.reconcile import Kernel, Reconciler
 from flannelpy.store import Store
 
 log = logging.getLogger(__name__)
+
+_LOOK_AGAIN_SECONDS = 3.0
+"""While there is no uplink: between two looks for one."""
 
 
 class Host(Kernel, Protocol):
@@ -102,6 +105,7 @@ class Node:
         )
         self._reconciler: Reconciler | None = None
         self._env = ""
+        self._looking_again = False
 
     async def live(self) -> None:
         """From the claim on a subnet to the end."""
@@ -196,6 +200,7 @@ class Node:
             self._parts.backend.mtu(now)
         except NoUplink as error:
             log.debug("no uplink for the moment: %s", error)
+            self._look_again()
             return facts
         except ValueError as error:
             log.warning("the uplink cannot carry the overlay any more: %s", error)
@@ -205,6 +210,18 @@ class Node:
             log.warning("the uplink changed: %s", reason)
             self._claim.publish()
         return now
+
+    def _look_again(self) -> None:
+        """Not all that makes an uplink is announced: a default route that follows a new address, say."""
+
+        def shake() -> None:
+            self._looking_again = False
+            if self._reconciler is not None:
+                self._reconciler.offer([Shaken("there was no uplink")])
+
+        if not self._looking_again:
+            self._looking_again = True
+            asyncio.get_running_loop().call_later(_LOOK_AGAIN_SECONDS, shake)
 
     def _kept(self, uplink: Uplink) -> Uplink | None:
         """The uplink under its name and MTU of now; None if its interface or one of its addresses is gone."""

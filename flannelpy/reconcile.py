@@ -17,7 +17,7 @@ from flannelpy.errors import KernelError
 from flannelpy.health import Health
 from flannelpy.model.address import Address
 from flannelpy.model.config import NetworkConfig
-from flannelpy.model.kernel import Appeared, Item, Link, Notice, Scope, Shaken, State
+from flannelpy.model.kernel import Appeared, DeviceAddress, Item, Link, Notice, Scope, Shaken, State
 from flannelpy.model.lease import Lease, LeaseUpdate, Snapshot
 from flannelpy.model.peers import Peers
 from flannelpy.model.plan import Op, Remove, plan, plan_part
@@ -221,6 +221,8 @@ class Reconciler:
                 if known is not None:
                     del table[item.key]
                     causes.append(f"{known} was removed by somebody")
+                    # With a device's last IPv4 address its plain routes die, and nobody is told.
+                    self._all_dirty = self._all_dirty or isinstance(item, DeviceAddress)
                 elif item.key not in self._peers.state.table(item):
                     continue  # we removed it ourselves; else somebody made room for one of ours
             touched.add([item])

@@ -26,7 +26,6 @@ etcdctl etcd-client
 ip iproute2
 ping iputils-ping
 sysctl procps
-iperf3 iperf3
 systemd-analyze systemd
 LIST
     if [ "$python" = python3 ]; then
@@ -46,7 +45,11 @@ install_packages() {
     say "installing Debian packages: ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
     log=$(mktemp)
-    trap 'rm -f "$log"' EXIT
+    policy=/usr/sbin/policy-rc.d
+    if [ -e $policy ]; then policy=; fi
+    trap 'rm -f "$log" $policy' EXIT
+    # Debian starts what it installs: no etcd of the system shall run because of a demo.
+    if [ -n "$policy" ]; then printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy"; fi
     if ! { apt-get -q update && apt-get -q install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
         tail -n 20 "$log" >&2
         die "apt-get could not install ${missing[*]}; what it said stands above"

@@ -115,14 +115,26 @@ def header(length: int, kind: int, flags: int, sequence: int) -> bytes:
     return _HEADER.pack(16 + length, kind, flags, sequence, 0)
 
 
+def read_header(data: bytes, offset: int) -> tuple[int, int, int, int] | None:
+    """(length, type, flags, sequence) of the message at `offset`; None if there is no whole one."""
+    if offset + 16 > len(data):
+        return None
+    length, kind, flags, sequence, _port = _HEADER.unpack_from(data, offset)
+    return (length, kind, flags, sequence) if 16 <= length <= len(data) - offset else None
+
+
+def next_body(data: bytes, offset: int) -> tuple[list[bytes], int]:
+    """The body of the message at `offset`, and where the next one begins."""
+    (length,) = _U32.unpack_from(data, offset)
+    return [data[offset + 16 : offset + length]], offset + ((length + 3) & ~3)
+
+
 def messages(data: bytes) -> list[tuple[int, int, int, bytes]]:
     """(type, flags, sequence, body) of each message in one datagram."""
     found = []
     offset = 0
-    while offset + 16 <= len(data):
-        length, kind, flags, sequence, _port = _HEADER.unpack_from(data, offset)
-        if length < 16 or offset + length > len(data):
-            break
+    while head := read_header(data, offset):
+        length, kind, flags, sequence = head
         found.append((kind, flags, sequence, data[offset + 16 : offset + length]))
         offset += (length + 3) & ~3
     return found

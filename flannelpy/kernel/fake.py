@@ -238,9 +238,7 @@ class FakeKernel:
 
     def _create_link(self, link: Link) -> int:
         lower = link.vxlan.uplink if link.vxlan else None
-        if lower is not None and self.uplinks and lower not in self.uplinks:
-            return errno.ENODEV
-        if lower is not None and not self.uplinks and lower not in self.foreign:
+        if lower is not None and lower not in self.foreign:
             return errno.ENODEV
         for other in self.state.links.values():
             if (

@@ -6,6 +6,7 @@ just as the devices do. A lock file would not tell two namespaces of one host ap
 
 import contextlib
 import hashlib
+import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from flannelpy.subnet_env import read as read_subnet_env
 
 _PROC = Path("/proc")
 _DEFAULT_PREFIX = "/coreos.com/network"
+_ATTEMPTS = 8
 _DEFAULT_SUBNET_FILE = "/run/flannel/subnet.env"
 
 
@@ -27,32 +29,37 @@ def lock(what: str) -> socket.socket:
     Raises ConflictError that names the process which holds it.
     """
     # A name in the abstract namespace may have 107 bytes; a prefix may be longer.
-    name = f"\0flannelpy/{hashlib.sha256(what.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}"
-    holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        holder.bind(name)
-    except OSError as error:
-        holder.close()
-        raise ConflictError(
-            f"another flannelpy{_describe(_holder(name))} serves {what} in this network namespace already:"
-            " stop it first"
-        ) from error
-    holder.listen(1)
-    return holder
+    digest = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    pid: int | None = None
+    user: int | None = None
+    for attempt in range(_ATTEMPTS):
+        name = f"\0flannelpy/{digest}/{attempt}"
+        holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            holder.bind(name)
+        except OSError:
+            holder.close()
+            pid, user = _holder(name)
+            if user in (0, os.geteuid(), None):
+                raise ConflictError(
+                    f"another flannelpy{f' (process {pid})' if pid else ''} serves {what} in this network"
+                    " namespace already: stop it first"
+                ) from None
+            continue  # any user may take such a name, but only ours counts
+        holder.listen(1)
+        return holder
+    raise ConflictError(f"process {pid} of user {user} holds the lock for {what}: end it")
 
 
-def _holder(name: str) -> int | None:
-    """The process that listens on an abstract socket."""
+def _holder(name: str) -> tuple[int | None, int | None]:
+    """(process, user) that listens on an abstract socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, contextlib.suppress(OSError):
         client.settimeout(1)
         client.connect(name)
         credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int(struct.unpack("=iII", credentials)[0])
-    return None
-
-
-def _describe(pid: int | None) -> str:
-    return f" (process {pid})" if pid else ""
+        pid, user, _group = struct.unpack("=iII", credentials)
+        return pid, user
+    return None, None
 
 
 class _Flannel(NamedTuple):

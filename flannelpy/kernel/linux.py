@@ -132,9 +132,10 @@ class LinuxKernel:
         if device not in self._links.by_name:
             return frozenset()
         index = self._links.index(device)
+        asked = list(addresses)
         found = []
-        for address in addresses:
-            route = self._lookup(address)
+        for address, body in zip(asked, self._netlink.ask(list(map(codec.route_get, asked))), strict=True):
+            route = replies.read_route(body) if body is not None else None
             if (
                 route is not None
                 and route.ifindex == index
@@ -189,22 +190,23 @@ class LinuxKernel:
 
     def _observe_device(self, state: State, index: int, name: str) -> None:
         for family in (codec.AF_INET, codec.AF_INET6):
-            for body in self._netlink.dump(codec.neighbour_dump(index, family)):
-                info = replies.read_neighbour(body)
-                # What the kernel learns by itself comes and goes; only permanent entries are somebody's will.
-                if info.ifindex == index and info.state & codec.NUD_PERMANENT and info.address[:1] != b"\xff":
-                    state.add([Neighbour(name, info.address, info.mac)])
-        for body in self._netlink.dump(codec.neighbour_dump(index, codec.AF_BRIDGE)):
-            info = replies.read_neighbour(body)
-            if info.ifindex != index or not info.flags & codec.NTF_SELF or not info.address:
+            rows = self._netlink.rows(codec.neighbour_dump(index, family), replies.NEIGHBOURS)
+            # What the kernel learns by itself comes and goes; only permanent entries are somebody's will.
+            state.add(
+                Neighbour(name, address, mac)
+                for _family, ifindex, nud, _flags, address, mac, _odd in rows
+                if ifindex == index and nud & codec.NUD_PERMANENT and address[:1] != b"\xff"
+            )
+        rows = self._netlink.rows(codec.neighbour_dump(index, codec.AF_BRIDGE), replies.NEIGHBOURS)
+        for _family, ifindex, nud, flags, address, mac, _odd in rows:
+            if ifindex != index or not flags & codec.NTF_SELF or not address:
                 continue
-            known = state.fdb.get((name, info.mac))
+            known = state.fdb.get((name, mac))
             if known is None:
-                state.add(
-                    [FdbEntry(name, info.mac, info.address, (), bool(info.state & codec.NUD_PERMANENT))]
-                )
+                entry = FdbEntry(name, mac, address, (), nud & codec.NUD_PERMANENT != 0)
             else:
-                state.add([known._replace(others=(*known.others, info.address))])
+                entry = known._replace(others=(*known.others, address))
+            state.fdb[name, mac] = entry
 
     def _routes_elsewhere(self, scope: Scope, ours: dict[int, str]) -> list[RouteInfo]:
         """On other devices: routes with our mark inside our networks and, at start, a flannel's."""
@@ -229,12 +231,12 @@ class LinuxKernel:
         """The main table, by device, by protocol, and without the routes on some devices."""
         found = []
         for family in (codec.AF_INET, codec.AF_INET6):
-            for body in self._netlink.dump(codec.route_dump(family, index=index, protocol=protocol)):
-                if default_only and body[1]:  # rtm_dst_len: do not read thousands of routes for one
+            request = codec.route_dump(family, index=index, protocol=protocol)
+            for row in self._netlink.rows(request, replies.ROUTES):
+                # Do not make values of thousands of routes for one.
+                if (default_only and row[replies.ROUTE_LENGTH]) or row[replies.ROUTE_DEVICE] in skip:
                     continue
-                if skip and codec.attribute_u32(body, 12, codec.RTA_OIF) in skip:
-                    continue
-                route = replies.read_route(body)
+                route = replies.route_of(row)
                 if route is None or route.table != codec.RT_TABLE_MAIN:
                     continue
                 if (not index or route.ifindex == index) and (not protocol or route.protocol == protocol):
@@ -245,13 +247,13 @@ class LinuxKernel:
         if not self._use_nexthops:
             return
         try:
-            bodies = self._netlink.dump(codec.nexthop_dump())
+            rows = self._netlink.rows(codec.nexthop_dump(), replies.NEXTHOPS)
         except NetlinkError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             self._use_nexthops = False  # Linux < 5.3
             return
-        self._nexthops.load(map(replies.read_nexthop, bodies), devices)
+        self._nexthops.load(map(replies.nexthop_of, rows), devices)
 
     def _route(self, info: RouteInfo, names: dict[int, str]) -> Route:
         gateway, onlink = info.gateway, info.onlink

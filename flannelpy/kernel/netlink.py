@@ -6,11 +6,14 @@ Netlink answers before `send` returns, so everything here is synchronous and tak
 import errno
 import os
 import socket
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from flannelpy.kernel import codec, replies
 from flannelpy.kernel.codec import Message
+from flannelpy.kernel.table import Row, Table
+
+T = TypeVar("T")
 
 BATCH = 300
 """Messages per send: large enough to make the system calls free, small enough to let the loop breathe."""
@@ -64,14 +67,31 @@ class NetlinkSocket:
             bodies.append(body)
         raise NetlinkError(errno.ETIMEDOUT)
 
+    def ask(self, messages: Sequence[Message]) -> list[bytes | None]:
+        """Many questions with one answer each: the answers' bodies, None where the kernel has none to give."""
+        found: list[bytes | None] = []
+        for start in range(0, len(messages), BATCH):
+            part = messages[start : start + BATCH]
+            last = self._send(part, ack_all=False)
+            first = last - len(part) + 1
+            answers: list[bytes | None] = [None] * len(part)
+            for kind, _flags, seq, body in self._answers():
+                if not first <= seq <= last:
+                    continue
+                if kind != codec.NLMSG_ERROR:
+                    answers[seq - first] = body
+                elif seq == last:
+                    break
+            found += answers
+        return found
+
     def dump(self, message: Message) -> list[bytes]:
-        """A whole table; repeated while the kernel says that it changed under the reading."""
-        bodies, consistent = self._dump_once(message)
-        for _attempt in range(_DUMP_ATTEMPTS):
-            if consistent:
-                break
-            bodies, consistent = self._dump_once(message)
-        return bodies
+        """A whole table, by the bodies of its messages."""
+        return self._dump(message, codec.next_body)
+
+    def rows(self, message: Message, table: Table) -> list[Row]:
+        """A whole table of very many messages, by what `table` reads of each."""
+        return self._dump(message, table.read)
 
     def batch(self, messages: Sequence[Message]) -> dict[int, NetlinkError]:
         """Many requests; position -> error of those that failed. The others are done.
@@ -111,25 +131,39 @@ class NetlinkSocket:
         while True:
             yield from codec.messages(self._socket.recv(_DATAGRAM))
 
-    def _dump_once(self, message: Message) -> tuple[list[bytes], bool]:
-        bodies: list[bytes] = []
+    def _dump(self, message: Message, read: Callable[[bytes, int], tuple[list[T], int]]) -> list[T]:
+        """Repeated while the kernel says that the table changed under the reading."""
+        found, consistent = self._dump_once(message, read)
+        for _attempt in range(_DUMP_ATTEMPTS):
+            if consistent:
+                break
+            found, consistent = self._dump_once(message, read)
+        return found
+
+    def _dump_once(
+        self, message: Message, read: Callable[[bytes, int], tuple[list[T], int]]
+    ) -> tuple[list[T], bool]:
+        """`read` takes a datagram and where a message begins; what it makes of one or more, and the next."""
+        found: list[T] = []
         consistent = True
         sequence = self._send([message], ack_all=False)
-        for kind, flags, seq, body in self._answers():
-            if seq != sequence:
-                continue
-            if kind == codec.NLMSG_DONE:
-                # It carries an error, too: an unknown device is not an empty table.
-                code = int.from_bytes(body[:4], sys.byteorder, signed=True)
-                if code < 0:
-                    raise NetlinkError(-code)
-                break
-            if kind == codec.NLMSG_ERROR:
-                code, words = replies.read_error(body)
-                raise NetlinkError(code, words)
-            consistent = consistent and not flags & codec.NLM_F_DUMP_INTR
-            bodies.append(body)
-        return bodies, consistent
+        while True:
+            data = self._socket.recv(_DATAGRAM)
+            offset = 0
+            while head := codec.read_header(data, offset):
+                length, kind, flags, seq = head
+                if seq != sequence:
+                    offset += (length + 3) & ~3
+                    continue
+                if kind in (codec.NLMSG_DONE, codec.NLMSG_ERROR):
+                    # The end carries an error, too: an unknown device is not an empty table.
+                    code, words = replies.read_error(data[offset + 16 : offset + length])
+                    if code > 0:
+                        raise NetlinkError(code, words)
+                    return found, consistent
+                consistent = consistent and not flags & codec.NLM_F_DUMP_INTR
+                some, offset = read(data, offset)
+                found += some
 
 
 def enlarge_receive_buffer(sock: socket.socket) -> None:

@@ -32,11 +32,9 @@ from flannelpy.kernel.codec import (
     IFLA_VXLAN_PORT,
     NDA_DST,
     NDA_LLADDR,
-    NDMSG,
     NHA_GATEWAY,
     NHA_ID,
     NHA_OIF,
-    NHMSG,
     RT_SCOPE_UNIVERSE,
     RTA_CACHEINFO,
     RTA_DST,
@@ -47,12 +45,12 @@ from flannelpy.kernel.codec import (
     RTA_PREFSRC,
     RTA_PRIORITY,
     RTA_TABLE,
-    RTMSG,
     RTN_UNICAST,
     RTNH_F_ONLINK,
     attr,
     attributes,
 )
+from flannelpy.kernel.table import Row, Table
 from flannelpy.model.address import Address, Mac, Prefix
 from flannelpy.model.kernel import Vxlan
 
@@ -138,11 +136,13 @@ class NeighbourInfo(NamedTuple):
     mac: Mac
 
 
+NEIGHBOURS = Table("BxxxiHBx", (), (NDA_DST, NDA_LLADDR))
+"""Rows: the fields of NeighbourInfo, and one more."""
+
+
 def read_neighbour(body: bytes) -> NeighbourInfo:
     """RTM_NEWNEIGH, RTM_DELNEIGH; `address` and `mac` are empty when absent."""
-    kind, index, state, flags, _type = NDMSG.unpack_from(body)
-    found = attributes(body, 12)
-    return NeighbourInfo(kind, index, state, flags, found.get(NDA_DST, b""), found.get(NDA_LLADDR, b""))
+    return NeighbourInfo._make(NEIGHBOURS.read_one(body)[:-1])
 
 
 class RouteInfo(NamedTuple):
@@ -169,29 +169,44 @@ _PLAIN_ROUTE_ATTRS = frozenset(
 )
 
 
+ROUTES = Table(
+    "BBBBBBBBI",
+    (RTA_TABLE, RTA_OIF, RTA_PRIORITY, RTA_NH_ID),
+    (RTA_DST, RTA_GATEWAY, RTA_PREFSRC),
+    _PLAIN_ROUTE_ATTRS,
+)
+ROUTE_LENGTH, ROUTE_DEVICE = 1, 10
+"""Where a row has the destination's length and the output device."""
+
+
 def read_route(body: bytes) -> RouteInfo | None:
     """RTM_NEWROUTE, RTM_DELROUTE; None for a family that we do not know."""
-    kind, length, _src, tos, table, protocol, scope, type_, flags = RTMSG.unpack_from(body)
+    return route_of(ROUTES.read_one(body))
+
+
+def route_of(row: Row) -> RouteInfo | None:
+    """The same from a row of a dump."""
+    kind, length, _src, tos, short_table, protocol, scope, type_, flags, *found, odd = row
+    table, ifindex, metric, nexthop, destination, gateway, source = found
     if kind not in (AF_INET, AF_INET6):
         return None
-    found = attributes(body, 12)
-    width = 4 if kind == AF_INET else 16
     extra = b""
-    if not found.keys() <= _PLAIN_ROUTE_ATTRS:
-        extra = b"".join(attr(k, found[k]) for k in sorted(found.keys() - _PLAIN_ROUTE_ATTRS))
+    if odd:
+        attrs = attributes(odd, 12)
+        extra = b"".join(attr(k, attrs[k]) for k in sorted(attrs.keys() - _PLAIN_ROUTE_ATTRS))
     if tos or scope != RT_SCOPE_UNIVERSE or type_ != RTN_UNICAST:
         extra += bytes((tos, scope, type_))
     return RouteInfo(
-        Prefix(found.get(RTA_DST, bytes(width)), length),
-        _number(found[RTA_TABLE]) if RTA_TABLE in found else table,
+        Prefix(destination or bytes(4 if kind == AF_INET else 16), length),
+        table or short_table,
         protocol,
         type_,
-        _number(found.get(RTA_OIF)),
-        found.get(RTA_GATEWAY),
-        bool(flags & RTNH_F_ONLINK),
-        _number(found.get(RTA_PRIORITY)),
-        _number(found.get(RTA_NH_ID)),
-        found.get(RTA_PREFSRC),
+        ifindex or 0,
+        gateway or None,
+        flags & RTNH_F_ONLINK != 0,
+        metric or 0,
+        nexthop or 0,
+        source or None,
         extra,
     )
 
@@ -206,17 +221,18 @@ class NexthopInfo(NamedTuple):
     onlink: bool
 
 
+NEXTHOPS = Table("xxBxI", (NHA_ID, NHA_OIF), (NHA_GATEWAY,))
+
+
 def read_nexthop(body: bytes) -> NexthopInfo:
     """RTM_NEWNEXTHOP, RTM_DELNEXTHOP."""
-    _family, _scope, protocol, flags = NHMSG.unpack_from(body)
-    found = attributes(body, 8)
-    return NexthopInfo(
-        _number(found.get(NHA_ID)),
-        _number(found.get(NHA_OIF)),
-        found.get(NHA_GATEWAY),
-        protocol,
-        bool(flags & RTNH_F_ONLINK),
-    )
+    return nexthop_of(NEXTHOPS.read_one(body))
+
+
+def nexthop_of(row: Row) -> NexthopInfo:
+    """The same from a row of a dump."""
+    protocol, flags, number, ifindex, gateway, _odd = row
+    return NexthopInfo(number or 0, ifindex or 0, gateway or None, protocol, flags & RTNH_F_ONLINK != 0)
 
 
 def read_error(body: bytes) -> tuple[int, str]:

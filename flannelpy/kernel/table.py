@@ -25,7 +25,7 @@ class _Layout(NamedTuple):
     """What must be the same in a message for it to have this layout."""
     pick: Callable[[Row], Row]
     odd: bool
-    """It has attributes that the table's reader does not know."""
+    """It has attributes that are not usual."""
 
 
 class Table:
@@ -33,18 +33,22 @@ class Table:
 
     `fixed` is the struct format of what follows the header. Of the attributes, `numbers` are 32 bits in host
     order and `octets` stay bytes; one that is absent is b"". A row's last field is the body of a message
-    that has attributes beyond those and `ignored`, otherwise b"".
+    that has attributes other than `usual`, otherwise b"".
     """
 
     def __init__(
-        self, fixed: str, numbers: Collection[int], octets: Collection[int], ignored: Collection[int] = ()
+        self,
+        fixed: str,
+        numbers: Collection[int],
+        octets: Collection[int],
+        usual: Collection[int] = range(1 << 14),
     ) -> None:
         self._fixed = fixed
         self._first_attr = _HEADER_SIZE + struct.calcsize(f"={fixed}")
         self._fields = len(struct.unpack(f"={fixed}", bytes(self._first_attr - _HEADER_SIZE)))
         self._numbers = frozenset(numbers)
         self._wanted = (*numbers, *octets)
-        self._known = frozenset((*self._wanted, *ignored))
+        self._usual = usual
         self._layouts: dict[tuple[int, ...], _Layout] = {}
 
     def read(self, data: bytes, offset: int) -> tuple[list[Row], int]:
@@ -103,11 +107,11 @@ class Table:
         place: dict[int, int] = {}
         odd, padding = False, 0
         for size, kind in zip(heads[::2], heads[1::2], strict=True):
-            kind &= 0x3FFF  # noqa: PLW2901  # without NLA_F_NESTED
+            kind &= 0x3FFF  # without NLA_F_NESTED
             parts.append(f"{padding}xI")
             same.append(count)
             count += 1
-            odd = odd or kind not in self._known
+            odd = odd or kind not in self._usual
             payload = size - 4
             if kind in self._wanted and (kind not in self._numbers or payload == 4):
                 parts.append("I" if kind in self._numbers else f"{payload}s")

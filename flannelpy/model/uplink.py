@@ -6,6 +6,7 @@ two families of a dual-stack node always come from one interface.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -176,11 +177,21 @@ def _named(text: str, host: _Host) -> list[_Found]:
     return [_fixed(owner, f"owner of {text}, named by --iface", address)]
 
 
+def compile_regex(text: str) -> re.Pattern[str]:
+    """A regular expression as flannel takes it: Python's syntax, and Go's classes such as `[[:alpha:]]`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what Python reads another way than Go is none
+            return re.compile(_POSIX_CLASS.sub(lambda match: _POSIX_CLASSES[match[1]], text))
+    except (re.error, FutureWarning, RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+
+
 def _matching(text: str, host: _Host) -> list[_Found]:
     """Interfaces with matching addresses (of all families before of one), then those with matching names."""
     try:
-        pattern = re.compile(_POSIX_CLASS.sub(lambda match: _POSIX_CLASSES[match[1]], text))
-    except re.error as error:
+        pattern = compile_regex(text)
+    except ValueError as error:
         raise NoUplink(f"--iface-regex {text!r} is not a regular expression: {error}") from None
     by_all, by_one, by_name = [], [], []
     for interface in host.underlay():

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
+from contextvars import ContextVar
 from random import Random
 from typing import Protocol
 
@@ -12,7 +13,8 @@ from flannelpy.health import Health
 from flannelpy.kernel.fake import FakeKernel
 from flannelpy.model.address import Address, Prefix, parse_prefix
 from flannelpy.model.config import NetworkConfig
-from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
+from flannelpy.model.kernel import State
+from flannelpy.model.lease import Lease, LeaseUpdate
 from flannelpy.model.plan import Op
 from flannelpy.model.subnet import Previous
 from flannelpy.model.uplink import Interface, InterfaceAddress, Wish
@@ -20,6 +22,10 @@ from flannelpy.node import Node, Parts
 from flannelpy.store import Offer
 from flannelpy.store.memory import MemoryData, MemoryStore
 from flannelpy.subnet_env import variables
+
+
+current = ContextVar("current", default="")
+"""Whose code is running, for the log."""
 
 
 class Died(BaseException):
@@ -72,19 +78,13 @@ class SimStore(MemoryStore):
             raise
 
     async def acquire(self, config: NetworkConfig, offer: Offer, previous: Previous) -> Lease:
-        def offered(remembered: Lease | None, others: tuple[Lease, ...]) -> LeaseAttrs:
-            attrs = offer(remembered, others)
-            self.member.remember(attrs)
-            return attrs
-
         await self._trip()
-        own = await super().acquire(config, offered, previous)  # type: ignore[arg-type]
+        own = await super().acquire(config, offer, previous)
         await self._answer(own)
         return own
 
     async def renew(self, own: Lease) -> Lease | None:
         await self._trip()
-        self.member.remember(own.attrs)
         renewed = await super().renew(own)
         if renewed is not None:
             await self._answer(renewed)
@@ -115,8 +115,8 @@ class Member:
         self.store: SimStore | None = None
         self.task: asyncio.Task[None] | None = None
         self.health = Health()
-        self.was: set[Address] = set()
-        """All public IPs that it told the others, ever."""
+        self.foreign = State()
+        """Objects in its kernel that are nobody's of ours."""
         self.refusal: Callable[[Op], int] = lambda _op: 0
         self.steps_to_live = 0
         """0 = the process does not die by itself."""
@@ -149,6 +149,7 @@ class Member:
 
     async def _supervise(self) -> None:
         """What systemd does: start it again."""
+        current.set(str(self))
         while True:
             try:
                 await Node(self._parts()).live()
@@ -160,6 +161,8 @@ class Member:
                 for reason in reasons:
                     if not isinstance(reason, expected):
                         self.world.violation(f"{self} ended with {reason!r}")
+                if self.task is not asyncio.current_task():
+                    return  # it was killed while it ended
             self.steps_to_live = 0
             await asyncio.sleep(self.world.random.uniform(0.1, 2.0))
             self.world.fault_until(0.0)
@@ -190,11 +193,6 @@ class Member:
         self._still_alive()
         self.env = text
         self.world.note(f"{self} env {' '.join(text.split())}")
-
-    def remember(self, attrs: LeaseAttrs) -> None:
-        """What it is about to tell: records with these addresses are its."""
-        self._still_alive()
-        self.was.update(ip for ip in (attrs.public_ip, attrs.public_ipv6) if ip is not None)
 
     def _still_alive(self) -> None:
         if self.store is None or not self.store.alive:

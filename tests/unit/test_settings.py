@@ -211,7 +211,7 @@ BAD_VALUES = [
     ("public-ipv6", "ff02::1", "multicast"),
     ("iface-can-reach", "host", "IP address"),
     ("iface-regex", "(", "regular expression"),
-    ("iface-regex", "[[:alpha:]]", "Python"),
+    ("iface-regex", "[[:alpa:]]", "set"),
     ("etcd-endpoints", " , ", "at least one"),
     ("etcd-endpoints", "http://a:1,ftp://b", "http://host:port"),
     ("etcd-endpoints", "host", "host:port"),
@@ -354,7 +354,7 @@ def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         (["--v=1"], {"FLANNELD_PUBLIC_IP": "1.2.3"}, 'FLANNELD_PUBLIC_IP="1.2.3"'),
         (["--kube-subnet-mgr"], {}, "not in this version yet"),
         (["doker-opts"], {}, "did you mean docker-opts?"),
-        (["qqq\n"], {}, "commands are demo, docker-opts"),
+        (["qqq\n"], {}, "commands are cleanup, demo, docker-opts"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(argv: list[str], environ: dict[str, str], part: str) -> None:

@@ -1,0 +1,260 @@
+"""A cluster of whole nodes in one event loop: the shared store, the machines, time, faults, and the verdict."""
+
+import asyncio
+import logging
+from random import Random
+from typing import NamedTuple
+
+from flannelpy.model.address import Address, parse_prefix
+from flannelpy.model.config import parse_config
+from flannelpy.model.kernel import DeviceAddress, FdbEntry, Link, Neighbour, Route, Vxlan
+from flannelpy.model.lease import Lease
+from flannelpy.model.plan import Op
+from flannelpy.store.etcd_codec import read_lease
+from flannelpy.store.memory import MemoryData
+from tests.sim import checks
+from tests.sim.checks import Shape
+from tests.sim.clock import SimulatedLoop, run
+from tests.sim.faults import Faults
+from tests.sim.member import Member, current
+
+SETTLED_SECONDS = 10.0
+"""This long after the last fault every pair must be programmed."""
+RESYNC_SECONDS = 75.0
+"""What was lost without a word is found by the next full comparison, at most this much later."""
+RECLAIM_SECONDS = 60.0
+"""A lease that is lost a second time is taken back no sooner than this after the first."""
+TTL_SECONDS = 86400.0
+
+_POOL = '"Network":"10.5.0.0/16","SubnetMin":"10.5.1.0","SubnetMax":"10.5.{last}.0"'
+_V6 = '"EnableIPv6":true,"IPv6Network":"fd00:5::/48"'
+_SHAPES = (
+    (Shape((32, 128), "vxlan", direct=False), f'{_POOL},{_V6},"Backend":{{"Type":"vxlan"}}'),
+    (Shape((32,), "vxlan", direct=False), f'{_POOL},"Backend":{{"Type":"vxlan"}}'),
+    (Shape((128,), "vxlan", direct=False), f'"EnableIPv4":false,{_V6},"Backend":{{"Type":"vxlan"}}'),
+    (
+        Shape((32, 128), "vxlan", direct=True),
+        f'{_POOL},{_V6},"Backend":{{"Type":"vxlan","DirectRouting":true}}',
+    ),
+    (Shape((32, 128), "host-gw", direct=False), f'{_POOL},{_V6},"Backend":{{"Type":"host-gw"}}'),
+)
+
+
+class Outcome(NamedTuple):
+    """What came of a run."""
+
+    seed: int
+    violations: list[str]
+    log: list[str]
+
+
+class Records(MemoryData):
+    """The store's records; every write is looked at."""
+
+    def __init__(self, world: "World") -> None:
+        super().__init__()
+        self.world = world
+        self.written: dict[str, float] = {}
+
+    def put(self, key: str, value: bytes, etcd_lease_id: int = 0) -> int:
+        before = self.records.get(key)
+        owner = None if before is None else self.world.owner(key)
+        revision = super().put(key, value, etcd_lease_id)
+        self.written[key] = self.world.loop.time()
+        world = self.world
+        world.note(f"store: {key} = {world.owner(key)}")
+        if owner is not None and owner is not world.owner(key):
+            world.violation(f"{key} of {owner} was overwritten by {world.owner(key)}")
+        other = checks.overlap(key, self.records)
+        if other is not None:
+            world.violation(f"two nodes own one subnet: {key} and {other}")
+        return revision
+
+    def delete(self, key: str) -> None:
+        if key in self.records:
+            self.world.note(f"store: {key} deleted")
+        super().delete(key)
+
+    def expire_old(self) -> None:
+        """What etcd does to records that were not prolonged for a TTL."""
+        for key in list(self.records):
+            if self.world.loop.time() - self.written[key] > TTL_SECONDS:
+                self.world.rob(key)
+
+
+class World:
+    """One run. `violations` says what went wrong, `log` what happened."""
+
+    def __init__(self, seed: int, nodes: int, rounds: int, faults: int) -> None:
+        self.random = Random(seed)
+        self.loop = SimulatedLoop()
+        self.log: list[str] = []
+        self.violations: list[str] = []
+        self.members: list[Member] = []
+        self.owners: dict[Address, Member] = {}
+        self.robbed: dict[Member, float] = {}
+        self.calm_at = 0.0
+        self.shape, text = self.random.choice(_SHAPES)
+        self.config = parse_config("{" + text.replace("{last}", str(nodes * 2 + 12)).replace("{{", "{") + "}")
+        self.data = Records(self)
+        self.faults = Faults(self)
+        self._nodes, self._rounds, self._faults = nodes, rounds, faults
+        self._hosts = 0
+
+    # --- the story ---------------------------------------------------------------------------------------
+
+    async def live(self) -> None:
+        for _number in range(self._nodes):
+            self.join().start()
+            await asyncio.sleep(self.random.choice([0.0, 0.01, 0.5]))
+        for _round in range(self._rounds):
+            for _number in range(self.random.randint(1, self._faults)):
+                await asyncio.sleep(self.random.choice([0.0, 0.01, self.random.expovariate(1.0)]))
+                if self.violations:
+                    break
+                await self.faults.strike()
+            await self._settle()
+            if self.violations:
+                break
+        for member in self.members:
+            await member.kill()
+
+    async def _settle(self) -> None:
+        """Wait until the last fault is over and the time to recover has passed; then look."""
+        self.fault_until(0.0)
+        while self.loop.time() < self.calm_at + SETTLED_SECONDS:
+            await asyncio.sleep(self.calm_at + SETTLED_SECONDS - self.loop.time() + 1e-3)
+        self.note("settled")
+        leases = {}
+        leftovers = []
+        for key in self.data.records:
+            owner, lease = self.owner(key), read_lease(self.data.records[key])
+            bits = self.shape.families[0]
+            address = lease.attrs.public_ip if bits == 32 else lease.attrs.public_ipv6
+            if owner is not None and owner.running and address == owner.address(bits):
+                leases[owner] = lease
+            else:
+                leftovers.append(lease)
+        for member in self.members:
+            if not member.running:
+                continue
+            if member not in leases:
+                self.violation(f"{member} has no lease that tells where it is")
+                continue
+            for problem in checks.problems(member, leases, leftovers, self.shape):
+                self.violation(problem)
+        for lease in leftovers:
+            self.data.delete(lease.key)
+
+    def join(self) -> Member:
+        """Another machine; its kernel holds things that are not ours."""
+        member = Member(self, len(self.members), self.random.randrange(2))
+        self.members.append(member)
+        self.plug_in(member)
+        _furnish(member)
+        return member
+
+    def plug_in(self, member: Member, *, index: int = 2, routed: bool = True) -> None:
+        """New addresses for its uplink; nobody ever had them."""
+        self._hosts += 1
+        member.plug_in(self._hosts, index=index, routed=routed)
+        for bits in (32, 128):
+            self.owners[member.address(bits)] = member
+
+    def rob(self, key: str) -> None:
+        """Somebody deletes a record, or its time is up."""
+        owner = self.owner(key)
+        self.data.delete(key)
+        self.fault_until(0.0, robbed=owner)
+
+    # --- what the members tell ---------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        self.log.append(f"{self.loop.time():12.3f} {text}")
+
+    def violation(self, text: str) -> None:
+        self.note(f"VIOLATION {text}")
+        self.violations.append(text)
+
+    def fault_until(self, seconds: float, *, robbed: Member | None = None) -> None:
+        """There is a fault, for so long from now. Who lost its lease twice has to wait."""
+        now = self.loop.time()
+        if robbed is not None:
+            if now - self.robbed.get(robbed, -1e9) < 2 * RECLAIM_SECONDS:
+                seconds += RECLAIM_SECONDS
+            self.robbed[robbed] = now
+        self.calm_at = max(self.calm_at, now + seconds)
+
+    def owner(self, key: str) -> Member | None:
+        """Whose record it is."""
+        attrs = read_lease(self.data.records[key]).attrs
+        return self.owners.get(attrs.public_ip or attrs.public_ipv6 or b"")
+
+    def holds(self, member: Member, own: Lease) -> bool:
+        return own.key in self.data.records and self.owner(own.key) is member
+
+    def stepped(self, member: Member, op: Op) -> None:
+        """After every operation that a kernel carried out."""
+        if op.item.key in member.foreign.table(op.item):
+            self.violation(f"{member} touched what is not ours: {op}")
+        if not member.kernel.disturbed:
+            broken = checks.broken_by(op, member.kernel.state)
+            if broken is not None:
+                self.violation(f"{member}, after {op}: {broken}")
+
+
+def _furnish(member: Member) -> None:
+    """Strangers that look nearly like ours: none of them may be touched."""
+    kernel = member.kernel
+    kernel.foreign.update(("eth1", "docker0", "vxlan42"))
+    far = Vxlan(42, "eth0", b"\xc6\x12\x00\x01", 8472)
+    gateway = b"\xc6\x12\x00\xfe"
+    items = (
+        Link("docker0", "bridge", bytes(6), 1500, True),
+        Link("vxlan42", "vxlan", bytes(6), 1450, True, far),
+        DeviceAddress("docker0", parse_prefix("172.17.0.1/16")),
+        Neighbour("vxlan42", b"\x0a\x05\x01\x00", b"\x02\0\0\0\0\x01"),
+        FdbEntry("vxlan42", b"\x02\0\0\0\0\x01", gateway),
+        Route(parse_prefix("10.5.251.0/24"), "eth1", gateway, protocol=4),
+        Route(parse_prefix("10.5.0.0/16"), "eth1", gateway, protocol=4),
+        Route(parse_prefix("10.5.1.128/25"), "eth1", gateway, protocol=3),
+        Route(parse_prefix("10.5.2.0/24"), "eth1", gateway, protocol=4, metric=500),
+        Route(parse_prefix("10.6.2.0/24"), "eth1", gateway),
+        Route(parse_prefix("fd00:5:0:ffff::/64"), "eth1", None, protocol=4, metric=1024),
+        Route(parse_prefix("10.5.252.0/24"), "eth0", gateway, protocol=4),
+        Route(parse_prefix("203.0.113.0/24"), "eth0", gateway, protocol=3),
+    )
+    kernel.state.add(items)
+    member.foreign.add(items)
+
+
+class _Journal(logging.Handler):
+    """The daemons' own log lines among the events."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "overlaps" not in text:  # the strangers that look nearly like ours
+            self._world.note(f"{current.get()}: {text}")
+
+
+def simulate(
+    seed: int, *, nodes: int = 6, rounds: int = 2, faults: int = 8, journal: bool = False
+) -> Outcome:
+    """One run, the same for the same arguments."""
+    world = World(seed, nodes, rounds, faults)
+    log = logging.getLogger("flannelpy")
+    handler, level, propagate = _Journal(world), log.level, log.propagate
+    log.propagate = False
+    log.setLevel(logging.INFO if journal else logging.CRITICAL)
+    log.addHandler(handler)
+    try:
+        run(world.loop, world.live())
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+    return Outcome(seed, world.violations, world.log)

@@ -1,0 +1,170 @@
+"""Holding a claim: echoes of our own writes, losses, other histories, a store that refuses for good."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from random import Random
+
+import pytest
+
+from flannelpy import claim as module
+from flannelpy.claim import Claim
+from flannelpy.errors import StoreError
+from flannelpy.model.config import NetworkConfig
+from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot
+from flannelpy.model.subnet import Previous
+from flannelpy.store import Offer
+from tests.builders import config, lease
+
+OWN = lease("10.5.1.0/24", "192.0.2.1", mac="02:00:00:00:00:01")
+
+
+class ScriptedStore:
+    """A store whose answers a test decides; every write is announced before it is answered, as etcd may."""
+
+    config_place = "here"
+
+    def __init__(self) -> None:
+        self.revision = 10
+        self.acquired = 0
+        self.renewed = 0
+        self.announce: Callable[[LeaseUpdate], None] = lambda _update: None
+        self.ours = True
+        self.errors: list[StoreError] = []
+
+    async def acquire(self, config: NetworkConfig, offer: Offer, previous: Previous) -> Lease:
+        if self.errors:
+            raise self.errors.pop()
+        self.acquired += 1
+        self.ours = True
+        return self._write(OWN)
+
+    async def renew(self, own: Lease) -> Lease | None:
+        if not self.ours:
+            return None
+        self.renewed += 1
+        renewed = self._write(own)
+        await asyncio.sleep(0.01)  # the old etcd lease is retired before the answer comes
+        return renewed
+
+    def _write(self, own: Lease) -> Lease:
+        self.revision += 1
+        written = own._replace(revision=self.revision)
+        self.announce(Delta((written,), (), self.revision))
+        return written
+
+    def watch_config(self) -> AsyncGenerator[str | None, None]:
+        raise NotImplementedError
+
+    def watch(self) -> AsyncGenerator[LeaseUpdate, None]:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        raise NotImplementedError
+
+
+def run(test: Callable[[Claim, ScriptedStore, list[Lease]], Awaitable[None]]) -> None:
+    """Run a test with a claim that was taken and is being kept."""
+
+    async def main() -> None:
+        store, moved = ScriptedStore(), list[Lease]()
+        claim = Claim(store, config(), lambda _r, _o: OWN.attrs, Previous(), 60, Random(1), moved.append)
+        store.announce = claim.notice
+        await claim.take()
+        keeper = asyncio.create_task(claim.keep())
+        try:
+            await test(claim, store, moved)
+            assert not keeper.done()
+        finally:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  # what it waits for has no event
+            await asyncio.sleep(0.005)
+
+
+def test_the_echo_of_a_renewal_is_no_loss() -> None:
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        claim._renew_at = 0.0
+        claim._wake.set()
+        await until(lambda: store.renewed == 1)
+        await asyncio.sleep(0.2)
+        assert (store.renewed, store.acquired, moved) == (1, 1, [])
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Delta((), (OWN.key,), 50),
+        Delta((OWN._replace(revision=50, etcd_lease_id=9),), (), 50),
+        Snapshot((), 50),
+        Snapshot((), 3),  # an emptied or restored etcd counts from the start
+        Snapshot((OWN._replace(revision=2),), 3),
+    ],
+    ids=["deleted", "overwritten", "absent", "emptied", "restored"],
+)
+def test_a_loss_is_taken_back_once(loss: LeaseUpdate) -> None:
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        store.ours = False
+        store.revision = loss.revision
+        claim.notice(loss)
+        await until(lambda: store.acquired == 2)
+        await asyncio.sleep(0.1)
+        assert (store.acquired, len(moved)) == (2, 1)
+
+    run(test)
+
+
+def test_an_unreadable_record_of_ours_in_a_listing_is_no_loss() -> None:
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        claim.notice(Snapshot((), 50, ((OWN.key, "not JSON"),)))
+        await asyncio.sleep(0.1)
+        assert store.acquired == 1
+
+    run(test)
+
+
+def test_a_running_node_never_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_RETRY_SECONDS", (0.01, 0.02))
+
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        store.ours = False
+        store.errors = [
+            StoreError("the pool is full"),
+            StoreError("permission denied"),
+            StoreError("away", transient=True),
+        ]
+        claim.notice(Delta((), (OWN.key,), 50))
+        await until(lambda: store.acquired == 2)
+
+    run(test)
+
+
+def test_a_start_ends_with_what_waiting_cannot_cure() -> None:
+    async def main() -> None:
+        store = ScriptedStore()
+        store.errors = [StoreError("wrong password")]
+        claim = Claim(store, config(), lambda _r, _o: OWN.attrs, Previous(), 60, Random(1), lambda _own: None)
+        with pytest.raises(StoreError, match="wrong password"):
+            await claim.take()
+
+    asyncio.run(main())
+
+
+def test_changed_attributes_are_written_and_repeated_for_flannels_sake() -> None:
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        claim.publish()
+        await until(lambda: store.renewed == 1 and len(moved) == 1)
+        assert len(claim._repeats) == 2
+        claim._repeats = [asyncio.get_running_loop().time()]
+        claim._wake.set()
+        await until(lambda: store.renewed == 2)
+        assert len(moved) == 1
+
+    run(test)
