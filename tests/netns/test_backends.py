@@ -9,11 +9,16 @@ import pytest
 
 from flannelpy.cli.lab import ETCD_PREFIX, UNDERLAY6, Lab, Node
 from flannelpy.cli.processes import run, stop, wait_ready, wait_until
-from tests.netns.test_daemon import assert_fails, leases, log_of, put_lease, reach, wait_for_log
+from tests.netns.nodes import assert_fails, leases, log_of, put_lease, reach, wait_for_log
 
 pytestmark = [pytest.mark.root, pytest.mark.etcd]
 
-HOSTGW = {"Network": "10.5.0.0/16", "Backend": {"Type": "host-gw"}}
+HOSTGW = {
+    "Network": "10.5.0.0/16",
+    "SubnetMin": "10.5.100.0",
+    "SubnetMax": "10.5.190.0",
+    "Backend": {"Type": "host-gw"},
+}
 V6 = {"IPv6Network": "fd00:5::/48", "EnableIPv6": True}
 ALLOC = {**HOSTGW, "Backend": {"Type": "alloc"}}
 NOT_ON_LINK = "is not on-link on eth0: put the nodes in one L2 network, or use vxlan with DirectRouting"

@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.root, pytest.mark.etcd, pytest.mark.timeout(240)]
 
 CONFIG = {
     "Network": "10.5.0.0/16",
+    "SubnetMin": "10.5.100.0",
+    "SubnetMax": "10.5.190.0",
     "IPv6Network": "fd00:5::/48",
     "EnableIPv6": True,
     "Backend": {"Type": "vxlan"},
