@@ -1,7 +1,7 @@
 # `make help` lists what there is. Every target that needs an installation makes it first.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format lock clean
+.PHONY: help install demo test soak bench lint format lock clean
 
 # A non-login shell of root may lack the folders where ip, etcd and sysctl live.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -32,6 +32,9 @@ demo: install ## nodes in network namespaces here, pods that ping across (root)
 test: install ## linters, types and every test (root for those in network namespaces)
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest $(PYTEST_FLAGS)
+
+soak: install ## thousands of leases that come and go for minutes: does anything grow? (root)
+	$(BIN)/pytest -m soak -s tests/soak $(PYTEST_FLAGS)
 
 lint: install ## ruff and mypy; shellcheck where it is installed
 	$(BIN)/ruff check

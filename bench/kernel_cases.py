@@ -1,10 +1,11 @@
 """One measurement in the kernel's tables of the network namespace that this process runs in.
 
-`python bench/kernel_cases.py CASE PEERS` prints its figures as JSON. `kernel_tables.py` makes a fresh namespace for
-each and runs this in it, so that neither the kernel's tables nor this process remember another measurement.
+`python bench/kernel_cases.py CASE PEERS BACKEND` prints its figures as JSON. `kernel_tables.py` makes a fresh
+namespace for each and runs this in it, so that neither tables nor process remember another measurement.
 """
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -35,6 +36,8 @@ from flannelpy.model.uplink import Uplink
 Figures = dict[str, float]
 
 ROUNDS = 7
+GC_THRESHOLD = (50_000, 20, 20)
+"""As the daemon sets it."""
 CHANGES = 200
 STORM_SECONDS = 5.0
 STORM_RATE = 1000
@@ -56,7 +59,7 @@ class Stopwatch:
 
 
 class Host:
-    """Our code over the real kernel, with no peer yet: what the daemon does, without its loop and its store."""
+    """Our code over the real kernel, without peers yet: the daemon without its loop and its store."""
 
     def __init__(self, backend: str, *, listen: bool = False) -> None:
         config = parse_config(network_config(backend))
@@ -173,7 +176,7 @@ def program(backend: str, count: int) -> Figures:
 
 
 def one_by_one(backend: str, count: int) -> Figures:
-    """As flannel does it: one request at a time and its answer; plain routes, `via GW onlink` on the device."""
+    """As flannel does it: one request at a time and its answer; plain routes, `via GW onlink`."""
     host, send = Host(backend), NetlinkSocket()
     given = [Peer(number) for number in range(count)]
     watch = Stopwatch()
@@ -352,5 +355,7 @@ CASES: dict[str, Callable[[str, int], Figures]] = {
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLD)
     case, peers, *rest = sys.argv[1:]
     print(json.dumps(CASES[case](rest[0] if rest else "vxlan", int(peers))))

@@ -15,7 +15,7 @@ from flannelpy.store import TTL_SECONDS, Offer, Store
 
 log = logging.getLogger(__name__)
 
-_RETRY_SECONDS = (0.5, 30.0)
+_RETRY_SECONDS = (0.5, 8.0)
 """While the store does not answer: first and longest wait."""
 _REPEAT_SECONDS = (60.0, 600.0)
 """After a change of what we tell: written again this much later."""
@@ -96,7 +96,9 @@ class Claim:
             own = self._own
             if own is None or not self._is_due():
                 continue
-            if self._unpublished:
+            # What changes while the store is asked is published by the next turn.
+            publishing, self._unpublished = self._unpublished, False
+            if publishing:
                 own = own._replace(attrs=self._offer(own, ()))
             self._lost = False
             renewed = await self._ask(partial(self._store.renew, own), "renew our lease")
@@ -105,8 +107,7 @@ class Claim:
                 continue
             log.info("renewed our lease %s", renewed.key)
             self._held(renewed)
-            if self._unpublished:
-                self._unpublished = False
+            if publishing:
                 # flannel peers do not notice changed attributes across a new listing, only a put.
                 now = asyncio.get_running_loop().time()
                 self._repeats = [now + seconds for seconds in _REPEAT_SECONDS]
@@ -140,12 +141,12 @@ class Claim:
         await asyncio.sleep(self._not_before - loop.time())
         log.warning("our lease %s was deleted or overwritten by somebody else: taking it back", lost.key)
         self._previous = Previous(self._config.network, lost.subnet, self._config.network6, lost.subnet6)
+        self._unpublished = False
         own = await self._ask(self._acquire(), "take our lease back")
         self._held(own)
         self._not_before = loop.time() + _RECLAIM_SECONDS
         if own.subnets() != lost.subnets():
             log.error("our subnet changed from %s to %s: another node has the old one now", lost.key, own.key)
-        self._unpublished = False
         self._moved(own)
 
     async def _ask(self, call: Callable[[], Awaitable[T]], what: str, *, for_ever: bool = True) -> T:

@@ -174,6 +174,8 @@ def clean_up(subnet_file: str, *, remove: bool) -> Cleaned:
                 ]:
                     locks.enter_context(instance.lock(what))
             observed = host.observe(Scope(devices, networks))
+            if remove:
+                instance.refuse_flannel("", [key[1] for key in observed.addresses])
             ops = plan(State(), observed)
             failures = host.apply(ops) if remove else []
     objects = [str(op.item) for op in ops]

@@ -32,7 +32,7 @@ _NAMED = 20
 """Bad records that are named one by one when they come at once."""
 _RESYNC_SECONDS = (45.0, 75.0)
 """A full comparison this often, somewhere in between: what was not announced is found."""
-_RETRY_SECONDS = (1.0, 60.0)
+_RETRY_SECONDS = (0.25, 8.0)
 """After a refusal by the kernel: first and longest wait before the next full pass."""
 _BREATH = 4.0
 """Between full passes, at least this many times what the last one took: a storm costs a fifth of a core."""
@@ -101,8 +101,10 @@ class Reconciler:
         self._observed = State()
         self._inbox: asyncio.Queue[tuple[LeaseUpdate | list[Notice] | None, float]] = asyncio.Queue()
         self._all_dirty = True
-        """The next pass must compare everything."""
-        self._resync_at = 0.0
+        """Everything must be compared, as soon as it may be."""
+        self._shaken: tuple[str, float] | None = None
+        """What shook first since the last full pass, and when."""
+        self._resync_at = math.inf
         self._retry_at = math.inf
         self._retry = 0.0
         self._not_before = 0.0
@@ -147,14 +149,16 @@ class Reconciler:
                 # A device that vanishes while its tables are read, an uplink that is too small now.
                 self._all_dirty = True
                 self._back_off()
-                log.warning("cannot reconcile: %s; trying again in %.0f s", error, self._retry)
+                log.warning("cannot reconcile: %s; trying again in %.2g s", error, self._retry)
 
     async def _gather(self) -> Work:
         """All that is there as soon as there is something, or as soon as it is time to doubt everything."""
         loop = asyncio.get_running_loop()
         found = []
         try:
-            async with asyncio.timeout_at(min(self._resync_at, self._retry_at)):
+            # A full pass that was put off comes as soon as it may.
+            full_at = self._not_before if self._all_dirty else math.inf
+            async with asyncio.timeout_at(min(self._resync_at, self._retry_at, full_at)):
                 found.append(await self._inbox.get())
         except TimeoutError:
             pass
@@ -185,23 +189,24 @@ class Reconciler:
         self._ask_on_link(work.updates)
         if work.moved:
             self._rebase()
+        if not shaken and self._all_dirty:
+            shaken = drifted[:1]
+        if shaken and self._shaken is None:
+            self._shaken = (shaken[0], work.since)
         self._all_dirty = self._all_dirty or bool(shaken) or work.moved
         for update in work.updates:
             change = self._peers.update(update)
             self._note_unreadable(update)
             touched.update(change.touched)
             self._all_dirty = self._all_dirty or change.full
-        drift = bool(shaken or drifted)
-        if self._all_dirty or not self.first_pass_done.is_set():
-            cause = shaken[0] if shaken else "leases changed" if work.updates else "trying again"
-            await self._full_pass(cause, learn=bool(shaken), since=work.since, drift=drift)
-        elif len(touched):
+        if self._all_dirty and asyncio.get_running_loop().time() >= self._not_before:
+            await self._full_pass("leases changed" if work.updates else "trying again", work.since)
+        elif len(touched) and self.first_pass_done.is_set():
             own = self._backend.own(self._own, self._facts)
             ops = plan_part([own, self._peers.state], self._observed, touched)
-            await self._apply(ops, drifted[0] if drifted else "leases changed", since=work.since, drift=drift)
+            cause = drifted[0] if drifted else "leases changed"
+            await self._apply(ops, cause, since=work.since, drift=bool(drifted))
         self._name_troubles()
-        if self._peers.synced:
-            self.first_pass_done.set()
 
     def _take_in_notices(self, notices: Sequence[Notice], touched: State) -> list[str]:
         """Bring our picture of the kernel up to date; what differs from it was somebody else's doing."""
@@ -232,15 +237,15 @@ class Reconciler:
         """Whether an object that we did not know is ours to remove; what the kernel learns comes and goes."""
         return getattr(item, "permanent", True) and self._scope.owns(item)
 
-    async def _full_pass(self, cause: str, *, learn: bool, since: float, drift: bool) -> None:
+    async def _full_pass(self, cause: str, since: float) -> None:
         """Read everything, compare everything."""
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(max(0.0, self._not_before - loop.time()))
         began = loop.time()
-        if learn:
+        shaken, self._shaken = self._shaken, None
+        if shaken is not None:
+            cause, since = shaken
             self._learn_again()
         observed = self._kernel.observe(self._scope)
-        self._scope = self._scope._replace(takeover=())
         self._observed = observed
         self._facts = self._facts._replace(links=observed.links)
         self._refresh_on_link()
@@ -249,14 +254,19 @@ class Reconciler:
         ops = plan(desired, observed)
         if not self._peers.synced:
             ops = _wanted_now(ops)
+        # What a start finds missing was damaged by nobody.
+        drift = shaken is not None and self.first_pass_done.is_set()
+        self._all_dirty = False
         failed = await self._apply(ops, cause, since=since, drift=drift)
+        if not failed:
+            self._retry, self._retry_at = 0.0, math.inf
+            self._refused = set()
+        if self._peers.synced:
+            self._scope = self._scope._replace(takeover=())
+            self.first_pass_done.set()
         now = loop.time()
         self._not_before = now + _BREATH * (now - began)
         self._resync_at = now + self._random.uniform(*_RESYNC_SECONDS)
-        if not failed:
-            self._all_dirty = False
-            self._retry, self._retry_at = 0.0, math.inf
-            self._refused = set()
 
     async def _apply(self, ops: list[Op], cause: str, *, since: float, drift: bool) -> bool:
         """Do it, and whether any of it was refused."""
@@ -351,7 +361,7 @@ class Reconciler:
         new = [text for text in texts if text not in self._refused]
         self._refused = set(texts)
         for text in new[:5]:
-            log.warning("the kernel refused: %s; trying again in %.0f s", text, self._retry)
+            log.warning("the kernel refused: %s; trying again in %.2g s", text, self._retry)
         if len(new) > 5:
             log.warning("the kernel refused %d more operations", len(new) - 5)
 

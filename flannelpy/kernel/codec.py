@@ -48,7 +48,7 @@ RTA_CACHEINFO, RTA_TABLE, RTA_PREF, RTA_NH_ID, RTA_MULTIPATH = 12, 15, 20, 30, 9
 NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
 NHA_ID, NHA_OIF, NHA_GATEWAY = 1, 5, 6
 
-_HEADER = struct.Struct("=IHHII")
+HEADER = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
 IFINFO = struct.Struct("=BxHiII")
 IFADDR = struct.Struct("=BBBBI")
@@ -112,14 +112,14 @@ def attribute_u32(data: bytes, offset: int, wanted: int) -> int:
 
 def header(length: int, kind: int, flags: int, sequence: int) -> bytes:
     """A netlink header for a body of `length` bytes."""
-    return _HEADER.pack(16 + length, kind, flags, sequence, 0)
+    return HEADER.pack(16 + length, kind, flags, sequence, 0)
 
 
 def read_header(data: bytes, offset: int) -> tuple[int, int, int, int] | None:
     """(length, type, flags, sequence) of the message at `offset`; None if there is no whole one."""
     if offset + 16 > len(data):
         return None
-    length, kind, flags, sequence, _port = _HEADER.unpack_from(data, offset)
+    length, kind, flags, sequence, _port = HEADER.unpack_from(data, offset)
     return (length, kind, flags, sequence) if 16 <= length <= len(data) - offset else None
 
 

@@ -117,7 +117,7 @@ class FakeKernel:
         """(device, destination) of the routes."""
         return [(route.device, route.destination) for route in self.state.routes.values()]
 
-    def route_to(self, address: Address) -> tuple[int, Address] | None:
+    def route_to(self, address: Address) -> tuple[int, Address] | None:  # noqa: ARG002
         """No host that matters is far away here."""
         return None
 
@@ -261,7 +261,7 @@ class FakeKernel:
         return 0  # "not there" is what was wanted
 
     def _lose_address(self, device: str) -> None:
-        """With its last IPv4 address a device loses its IPv4 neighbours, and routes without nexthop objects."""
+        """With its last IPv4 address go a device's IPv4 neighbours, and routes without nexthop objects."""
         if any(own.device == device and own.prefix.bits == 32 for own in self.state.addresses.values()):
             return
         self._drop(

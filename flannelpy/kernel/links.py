@@ -99,6 +99,8 @@ class Links:
 
     def _change(self, link: Link) -> None:
         found = self.by_name[link.name]
+        if link.up and not found.up and link.vxlan is not None:
+            self._quieten(found.ifindex, link.name)  # who made it may have crashed before that
         self._netlink.request(
             codec.link_change(
                 found.ifindex,

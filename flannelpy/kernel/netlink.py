@@ -68,7 +68,7 @@ class NetlinkSocket:
         raise NetlinkError(errno.ETIMEDOUT)
 
     def ask(self, messages: Sequence[Message]) -> list[bytes | None]:
-        """Many questions with one answer each: the answers' bodies, None where the kernel has none to give."""
+        """Many questions with one answer each: the bodies; None where the kernel has none to give."""
         found: list[bytes | None] = []
         for start in range(0, len(messages), BATCH):
             part = messages[start : start + BATCH]
@@ -115,15 +115,18 @@ class NetlinkSocket:
 
     def _send(self, messages: Sequence[Message], *, ack_all: bool) -> int:
         """Send in one system call; returns the sequence number of the last message."""
-        parts = []
-        final = len(messages) - 1
-        for position, (kind, flags, body) in enumerate(messages):
-            self._sequence = self._sequence % 0xFFFFFFF0 + 1
+        if self._sequence > 0xFFFF0000:
+            self._sequence = 0
+        header = codec.HEADER.pack
+        sequence, final = self._sequence, self._sequence + len(messages)
+        parts: list[bytes] = []
+        for kind, flags, body in messages:
+            sequence += 1
             wanted = codec.NLM_F_REQUEST | flags
-            if (ack_all or position == final) and flags & codec.NLM_F_DUMP != codec.NLM_F_DUMP:
+            if (ack_all or sequence == final) and flags & codec.NLM_F_DUMP != codec.NLM_F_DUMP:
                 wanted |= codec.NLM_F_ACK
-            parts.append(codec.header(len(body), kind, wanted, self._sequence))
-            parts.append(body)
+            parts += header(16 + len(body), kind, wanted, sequence, 0), body
+        self._sequence = sequence
         self._socket.send(b"".join(parts))
         return self._sequence
 

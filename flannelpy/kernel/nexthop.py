@@ -1,5 +1,6 @@
 """Which nexthop objects are ours, what they lead to, and which of them a route still needs."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TypeAlias
 from zlib import crc32
@@ -32,7 +33,11 @@ class Nexthops:
         """Every number in use, anybody's."""
         self._used_by: dict[RouteKey, int] = {}
         self._users: dict[int, int] = {}
-        """Number of ours -> routes that use it; 0 = to be removed."""
+        """Number of ours -> routes that use it."""
+        self._idle: set[int] = set()
+        """Those that no route uses: to be removed."""
+        self._ways: dict[int, Way] = {}
+        """The reverse of `_numbers`."""
         self._last = 0
 
     def load(self, found: Iterable[NexthopInfo], devices: dict[int, str]) -> None:
@@ -40,19 +45,25 @@ class Nexthops:
         self.by_number = {info.number: info for info in found}
         self._taken = set(self.by_number)
         self._numbers = {
-            (info.ifindex, info.gateway): info.number
-            for info in self.by_number.values()
-            if info.protocol == ROUTE_PROTOCOL
-            and info.gateway is not None
-            and info.onlink
-            and info.ifindex in devices
+            (ifindex, gateway): number
+            for number, ifindex, gateway, protocol, onlink in self.by_number.values()
+            if protocol == ROUTE_PROTOCOL and gateway is not None and onlink and ifindex in devices
         }
         self._used_by = {}
         # What nothing uses was left by a crash between the two halves of a put.
         self._users = dict.fromkeys(self._numbers.values(), 0)
+        self._idle = set(self._users)
+        self._ways = dict(zip(self._numbers.values(), self._numbers, strict=True))
         if not self._last and devices:
             block = _FIRST_BLOCK + crc32(min(devices.values()).encode()) % _BLOCKS
             self._last = block * _BLOCK
+
+    def load_users(self, used_by: dict[RouteKey, int]) -> None:
+        """The routes that the kernel has, each with the number of the object that it goes through."""
+        self._used_by = used_by
+        users = Counter(used_by.values())
+        self._users.update((number, users[number]) for number in self._users)
+        self._idle = set(self._users).difference(users)
 
     def is_ours(self, number: int) -> bool:
         """Whether we made this object, or took it over."""
@@ -69,37 +80,45 @@ class Nexthops:
         self._numbers[way] = self._last
         self._taken.add(self._last)
         self._users[self._last] = 0
+        self._idle.add(self._last)
+        self._ways[self._last] = way
         return self._last, True
 
     def refused(self, way: Way) -> None:
         """Our object could not be made: somebody else may have its number, and we must not remove theirs."""
-        number = self._numbers.pop(way, 0)
-        self._users.pop(number, None)
+        self._forget(self._numbers.get(way, 0))
+
+    def _forget(self, number: int) -> None:
+        """An object is not ours any more."""
+        if number in self._users:
+            del self._users[number]
+            self._idle.discard(number)
+            self._numbers.pop(self._ways.pop(number), None)
 
     def use(self, route: RouteKey, number: int) -> None:
         """A route goes through this object now; 0 = through none, or there is no such route any more."""
         before = self._used_by.pop(route, 0)
         if before in self._users:
             self._users[before] -= 1
+            if not self._users[before]:
+                self._idle.add(before)
         if number:
             self._used_by[route] = number
             if number in self._users:
                 self._users[number] += 1
+                self._idle.discard(number)
 
     def unused(self) -> list[int]:
         """Our objects that no route needs, forgotten here: the caller removes them from the kernel."""
-        numbers = {number for number, users in self._users.items() if users <= 0}
-        if numbers:
-            for way in [way for way, number in self._numbers.items() if number in numbers]:
-                del self._numbers[way]
-            for number in numbers:
-                del self._users[number]
-            self._taken -= numbers
-        return sorted(numbers)
+        numbers = sorted(self._idle)
+        for number in numbers:
+            self._forget(number)
+        self._taken.difference_update(numbers)
+        return numbers
 
     def forget_device(self, ifindex: int) -> None:
         """A device went, and its objects with it."""
         for way in [way for way in self._numbers if way[0] == ifindex]:
-            number = self._numbers.pop(way)
-            self._users.pop(number, None)
+            number = self._numbers[way]
+            self._forget(number)
             self._taken.discard(number)

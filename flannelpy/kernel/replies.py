@@ -5,6 +5,7 @@ The other direction, and the sources, are in `codec.py`.
 
 import struct
 import sys
+from operator import itemgetter
 from typing import NamedTuple
 
 from flannelpy.kernel.codec import (
@@ -36,6 +37,7 @@ from flannelpy.kernel.codec import (
     NHA_ID,
     NHA_OIF,
     RT_SCOPE_UNIVERSE,
+    RT_TABLE_MAIN,
     RTA_CACHEINFO,
     RTA_DST,
     RTA_GATEWAY,
@@ -52,7 +54,7 @@ from flannelpy.kernel.codec import (
 )
 from flannelpy.kernel.table import Row, Table
 from flannelpy.model.address import Address, Mac, Prefix
-from flannelpy.model.kernel import Vxlan
+from flannelpy.model.kernel import ROUTE_PROTOCOL, Vxlan
 
 
 class LinkInfo(NamedTuple):
@@ -175,8 +177,16 @@ ROUTES = Table(
     (RTA_DST, RTA_GATEWAY, RTA_PREFSRC),
     _PLAIN_ROUTE_ATTRS,
 )
-ROUTE_LENGTH, ROUTE_DEVICE = 1, 10
-"""Where a row has the destination's length and the output device."""
+ROUTE_LENGTH, ROUTE_DEVICE, ROUTE_NEXTHOP = 1, 10, 12
+"""Where a row has the destination's length, the output device and the nexthop object."""
+what_is_usual = itemgetter(3, 5, 6, 7, 9, 10, 16)
+pick_usual = itemgetter(1, 11, 12, 13)
+"""Of the row of a usual route: length, metric or b"", nexthop object, destination."""
+
+
+def usual_route(index: int) -> Row:
+    """What such a row has: TOS, protocol, scope, type, table, device, nothing odd."""
+    return 0, ROUTE_PROTOCOL, RT_SCOPE_UNIVERSE, RTN_UNICAST, RT_TABLE_MAIN, index, b""
 
 
 def read_route(body: bytes) -> RouteInfo | None:
@@ -186,8 +196,8 @@ def read_route(body: bytes) -> RouteInfo | None:
 
 def route_of(row: Row) -> RouteInfo | None:
     """The same from a row of a dump."""
-    kind, length, _src, tos, short_table, protocol, scope, type_, flags, *found, odd = row
-    table, ifindex, metric, nexthop, destination, gateway, source = found
+    (kind, length, _src, tos, short_table, protocol, scope, type_, flags,
+     table, ifindex, metric, nexthop, destination, gateway, source, odd) = row  # fmt: skip
     if kind not in (AF_INET, AF_INET6):
         return None
     extra = b""

@@ -6,8 +6,9 @@ read in one step. A message that differs teaches its own layout. Pure.
 """
 
 import struct
-from collections.abc import Callable, Collection
-from operator import itemgetter
+from collections.abc import Callable, Collection, Iterable
+from itertools import repeat, takewhile
+from operator import eq, itemgetter
 from typing import Any, NamedTuple
 
 Row = tuple[Any, ...]
@@ -15,12 +16,13 @@ Row = tuple[Any, ...]
 _HEADER_SIZE = 16
 _LENGTH = struct.Struct("=I")
 _ATTR = struct.Struct("=HH")
+_ANY = range(1 << 14)
 _LAYOUTS = 64
 """Layouts remembered; a table has a handful."""
 
 
 class _Layout(NamedTuple):
-    unpack: Callable[[bytes, int], Row]
+    whole: struct.Struct
     alike: Callable[[Row], Row]
     """What must be the same in a message for it to have this layout."""
     pick: Callable[[Row], Row]
@@ -41,7 +43,7 @@ class Table:
         fixed: str,
         numbers: Collection[int],
         octets: Collection[int],
-        usual: Collection[int] = range(1 << 14),
+        usual: Collection[int] = _ANY,
     ) -> None:
         self._fixed = fixed
         self._first_attr = _HEADER_SIZE + struct.calcsize(f"={fixed}")
@@ -61,18 +63,22 @@ class Table:
         step = (length + 3) & ~3
         if length < self._first_attr:
             return [], offset + step
-        unpack, alike, pick, odd = self._layout(data, offset, length)
-        expected = alike(unpack(data, offset))
-        rows: list[Row] = []
-        last = len(data) - length
-        while offset <= last:
-            found = unpack(data, offset)
-            if alike(found) != expected:
-                break
-            row = pick(found)
-            rows.append((*row[:-1], data[offset + _HEADER_SIZE : offset + length]) if odd else row)
-            offset += step
-        return rows, offset
+        whole, alike, pick, odd = self._layout(data, offset, length)
+        expected = alike(whole.unpack_from(data, offset))
+        found: Iterable[Row] = ()
+        count = (len(data) - offset) // step
+        if whole.size == step and count > 1:
+            found = list(whole.iter_unpack(memoryview(data)[offset : offset + count * step]))
+            if not all(map(eq, map(alike, found), repeat(expected))):
+                found = takewhile(lambda row: alike(row) == expected, found)
+        rows = list(map(pick, found)) or [pick(whole.unpack_from(data, offset))]
+        if odd:
+            starts = range(offset + _HEADER_SIZE, len(data), step)
+            rows = [
+                (*row[:-1], data[start : start + length - _HEADER_SIZE])
+                for row, start in zip(rows, starts, strict=False)
+            ]
+        return rows, offset + len(rows) * step
 
     def read_one(self, body: bytes) -> Row:
         """The row of a single message without its header; what is missing of the fixed part counts as 0."""
@@ -122,4 +128,4 @@ class Table:
             padding = -payload & 3
         parts.append("0s")  # b"" for all that is absent
         picked = [*range(2, 2 + self._fields), *(place.get(kind, count) for kind in self._wanted), count]
-        return _Layout(struct.Struct("".join(parts)).unpack_from, itemgetter(*same), itemgetter(*picked), odd)
+        return _Layout(struct.Struct("".join(parts)), itemgetter(*same), itemgetter(*picked), odd)

@@ -12,7 +12,7 @@ from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseAttrs
 from flannelpy.model.subnet import PoolFull, Previous
 from flannelpy.store import Offer
-from flannelpy.store.claim import (
+from flannelpy.store.decision import (
     Create,
     MakeRoom,
     Pair,

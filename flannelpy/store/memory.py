@@ -15,7 +15,7 @@ from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
 from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
 from flannelpy.store import Offer
-from flannelpy.store.claim import (
+from flannelpy.store.decision import (
     Create,
     MakeRoom,
     Pair,
@@ -48,7 +48,8 @@ class MemoryData:
         """Changes up to this revision cannot be watched any more."""
         self._changes: list[_Change] = []
         self._lease_ids = 0
-        self._wakers: set[asyncio.Event] = set()
+        self._wakers: dict[asyncio.Event, None] = {}
+        """In order: a simulation must be the same every time."""
 
     def set_config(self, text: str | None) -> None:
         """Write the network config, or delete it."""
@@ -106,12 +107,12 @@ class MemoryData:
     def watcher(self) -> asyncio.Event:
         """An event that is set at every change from now on, until it is handed to `forget`."""
         event = asyncio.Event()
-        self._wakers.add(event)
+        self._wakers[event] = None
         return event
 
     def forget(self, watcher: asyncio.Event) -> None:
         """No more news for this one."""
-        self._wakers.discard(watcher)
+        self._wakers.pop(watcher, None)
 
     def wake(self) -> None:
         """Let all watchers look."""

@@ -19,13 +19,13 @@ _KINDS = 4
 _GET = 2
 
 
-def run(changes: int, arguments: Sequence[str]) -> int:
+def run(changes: int) -> int:
     send = netlink.NetlinkSocket._send
     left = changes
 
-    def send_and_die(socket: netlink.NetlinkSocket, messages: Sequence[Message], *, ack_all: bool) -> int:
+    def send_and_die(self: netlink.NetlinkSocket, messages: Sequence[Message], *, ack_all: bool) -> int:
         nonlocal left
-        sequence = send(socket, messages, ack_all=ack_all)
+        sequence = send(self, messages, ack_all=ack_all)
         left -= sum(message.type % _KINDS != _GET for message in messages)
         if left <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -33,8 +33,8 @@ def run(changes: int, arguments: Sequence[str]) -> int:
 
     netlink.BATCH = 1
     netlink.NetlinkSocket._send = send_and_die  # type: ignore[method-assign]
-    return main(list(arguments))
+    return main()
 
 
 if __name__ == "__main__":
-    sys.exit(run(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(run(int(sys.argv.pop(1))))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import flannelpy
-from flannelpy import errors
+from flannelpy import claim, errors, reconcile
 from flannelpy.flags import FLAGS
 from flannelpy.usage import help_text
 
@@ -110,6 +110,24 @@ def test_documented_lines_are_in_the_program(heading: str) -> None:
         pieces = [piece.strip(" ()") for piece in re.split(r"<[^>]+>|[:;] ", line)]
         missing = [piece for piece in pieces if len(piece) > 2 and piece not in program]
         assert missing == [], line
+
+
+def test_every_damage_that_is_tried_is_in_the_table_of_repairs() -> None:
+    tree = ast.parse((ROOT / "tests/netns/test_repair.py").read_text())
+    tried = [
+        [ast.literal_eval(key) for key in node.value.keys if key is not None]
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict)
+    ]
+    assert len(tried) == 1, "DAMAGE"
+    told = [cells[0] for cells in rows(section(REFERENCE, "## What is noticed and repaired"))]
+    assert told == tried[0]
+
+
+def test_waits_in_the_reference_are_those_of_the_program() -> None:
+    for first, longest in (claim._RETRY_SECONDS, reconcile._RETRY_SECONDS):
+        assert f"after {first:g} s, doubling to {longest:g} s" in REFERENCE
+    assert "every {:g} to {:g} seconds".format(*reconcile._RESYNC_SECONDS) in REFERENCE
 
 
 # --- links, version, leftovers ---

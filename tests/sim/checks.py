@@ -1,4 +1,4 @@
-"""What must hold, worked out from the store's records and the machines, not from the daemon's own functions."""
+"""What must hold, worked out from the records and the machines, not by the daemon's own functions."""
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache

@@ -3,10 +3,10 @@
 import asyncio
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flannelpy.model.address import parse_prefix
-from flannelpy.model.kernel import DeviceAddress, FdbEntry, Item, Link, Neighbour, Route, State
+from flannelpy.model.kernel import DeviceAddress, FdbEntry, Item, Link, Neighbour, Route
 from flannelpy.model.plan import Op
 from tests.sim.member import Member
 
@@ -18,6 +18,7 @@ _ERRNOS = (errno.ENOBUFS, errno.ENOMEM, errno.EBUSY, errno.EPERM, errno.EAGAIN)
 _STRANGE_MAC = b"\x02\xee\xee\xee\xee\x01"
 _STRANGE_IP = b"\xc0\x00\x02\x63"
 _RESYNC_SECONDS = 75.0
+"""What was lost without a word is found by the next full comparison, at most this much later."""
 
 
 class Faults:
@@ -113,7 +114,7 @@ class Faults:
 
         member.refusal = refuse
         what = f"{member}'s kernel refuses {share:.0%} with {errno.errorcode[code]}"
-        self._lasting(what, random.choice([0.5, 5.0, 30.0]), end)
+        self._lasting(what, random.choice([0.5, 5.0, random.uniform(10.0, 60.0)]), end)
         self._damage_one(member)
 
     # --- the process -------------------------------------------------------------------------------------
@@ -180,7 +181,9 @@ class Faults:
 
         connect(connected=False)
         what = "everybody" if everybody else str(member)
-        self._lasting(f"{what} is cut off from the store", random.choice([0.5, 5.0, 40.0]), end)
+        self._lasting(
+            f"{what} is cut off from the store", random.choice([0.5, 5.0, random.uniform(10.0, 60.0)]), end
+        )
         if robbed:
             await self._rob(member)
             if not everybody and random.random() < 0.5:
@@ -280,8 +283,8 @@ def _altered(item: Item, way: int) -> Item:
     """The same object with another value."""
     match item:
         case Link():
-            changes = ({"up": False}, {"mtu": 1300}, {"mac": _STRANGE_MAC})
-            return item._replace(**changes[way])  # type: ignore[arg-type]
+            changes: tuple[dict[str, Any], ...] = ({"up": False}, {"mtu": 1300}, {"mac": _STRANGE_MAC})
+            return item._replace(**changes[way])
         case DeviceAddress(device=device):
             return DeviceAddress(device, parse_prefix("10.99.0.1/32"))
         case FdbEntry():

@@ -23,7 +23,6 @@ from flannelpy.store import Offer
 from flannelpy.store.memory import MemoryData, MemoryStore
 from flannelpy.subnet_env import variables
 
-
 current = ContextVar("current", default="")
 """Whose code is running, for the log."""
 
@@ -36,8 +35,12 @@ class Cluster(Protocol):
     """What a member needs of the world."""
 
     config: NetworkConfig
-    data: MemoryData
+
+    @property
+    def data(self) -> MemoryData: ...
+
     random: Random
+    taken: "dict[Member, float]"
 
     def note(self, text: str) -> None: ...
     def fault_until(self, seconds: float, *, robbed: "Member | None" = None) -> None: ...
@@ -80,6 +83,7 @@ class SimStore(MemoryStore):
     async def acquire(self, config: NetworkConfig, offer: Offer, previous: Previous) -> Lease:
         await self._trip()
         own = await super().acquire(config, offer, previous)
+        self.member.world.taken[self.member] = asyncio.get_running_loop().time() + 0.1
         await self._answer(own)
         return own
 

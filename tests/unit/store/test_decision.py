@@ -8,7 +8,7 @@ from flannelpy.model.address import parse_v4, parse_v6
 from flannelpy.model.config import parse_config
 from flannelpy.model.lease import LeaseAttrs
 from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
-from flannelpy.store.claim import Create, MakeRoom, TakeOver, decide, has_rival, is_same_node
+from flannelpy.store.decision import Create, MakeRoom, TakeOver, decide, has_rival, is_same_node
 from flannelpy.store.etcd_codec import Listing, Record, read_listing
 
 SMALL = parse_config('{"Network":"10.5.0.0/22","SubnetMin":"10.5.1.0","SubnetMax":"10.5.2.0"}')
