@@ -8,7 +8,7 @@ routes for good, while plain routes come back with the carrier.
 """
 
 import errno
-from collections.abc import AsyncGenerator, Collection, Container, Iterable, Sequence
+from collections.abc import AsyncGenerator, Container, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -17,12 +17,13 @@ from flannelpy.kernel import codec, replies
 from flannelpy.kernel.codec import Message
 from flannelpy.kernel.links import GONE, Failure, Links, link_of
 from flannelpy.kernel.monitor import Monitor, View
+from flannelpy.kernel.neighbours import observe_neighbours
 from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
 from flannelpy.kernel.nexthop import Nexthops, RouteKey, Way
 from flannelpy.kernel.replies import RouteInfo
+from flannelpy.kernel.routes import main_routes, routes_elsewhere
 from flannelpy.model.address import Address, Prefix
 from flannelpy.model.kernel import (
-    PROTOCOL_BOOT,
     PROTOCOL_KERNEL,
     ROUTE_PROTOCOL,
     DeviceAddress,
@@ -105,7 +106,7 @@ class LinuxKernel:
         """The default routes of both families in the main table, in the kernel's order."""
         return [
             DefaultRoute(route.destination.bits, route.ifindex, route.metric)
-            for route in self._main_routes(default_only=True)
+            for route in main_routes(self._netlink, default_only=True)
             if route.type == codec.RTN_UNICAST
         ]
 
@@ -114,7 +115,7 @@ class LinuxKernel:
         names = {link.ifindex: name for name, link in self._links.read().items()}
         return [
             (names.get(route.ifindex, "?"), route.destination)
-            for route in self._main_routes()
+            for route in main_routes(self._netlink)
             if route.destination.length
             and route.protocol != ROUTE_PROTOCOL
             and not is_kernels_own(route.destination)
@@ -148,7 +149,8 @@ class LinuxKernel:
     def marked_overlay_devices(self) -> frozenset[str]:
         """Devices with an overlay's name that carry routes with our protocol number."""
         names = {link.ifindex: name for name, link in self._links.read().items()}
-        marked = {names.get(route.ifindex, "") for route in self._main_routes(protocol=ROUTE_PROTOCOL)}
+        routes = main_routes(self._netlink, protocol=ROUTE_PROTOCOL)
+        marked = {names.get(route.ifindex, "") for route in routes}
         return frozenset(name for name in marked if OVERLAY_NAME.fullmatch(name))
 
     def _lookup(self, address: Address) -> RouteInfo | None:
@@ -176,35 +178,15 @@ class LinuxKernel:
         if devices_only:
             return state
         for index, name in ours.items():
-            self._observe_device(state, index, name)
+            observe_neighbours(self._netlink, state, index, name)
         self._read_nexthops(ours)
         users: dict[RouteKey, int] = {}
         for index in ours:
             self._observe_routes(state, index, names, users)
         self._nexthops.load_users(users)
-        for route in self._routes_elsewhere(scope, ours):
+        for route in routes_elsewhere(self._netlink, scope, ours):
             state.add([self._route(route, names)])
         return state
-
-    def _observe_device(self, state: State, index: int, name: str) -> None:
-        for family in (codec.AF_INET, codec.AF_INET6):
-            rows = self._netlink.rows(codec.neighbour_dump(index, family), replies.NEIGHBOURS)
-            # What the kernel learns by itself comes and goes; only permanent entries are somebody's will.
-            state.neighbours.update(
-                ((name, address), Neighbour(name, address, mac))
-                for _family, ifindex, nud, _flags, address, mac, _odd in rows
-                if ifindex == index and nud & codec.NUD_PERMANENT and address[:1] != b"\xff"
-            )
-        rows = self._netlink.rows(codec.neighbour_dump(index, codec.AF_BRIDGE), replies.NEIGHBOURS)
-        for _family, ifindex, nud, flags, address, mac, _odd in rows:
-            if ifindex != index or not flags & codec.NTF_SELF or not address:
-                continue
-            known = state.fdb.get((name, mac))
-            if known is None:
-                entry = FdbEntry(name, mac, address, (), nud & codec.NUD_PERMANENT != 0)
-            else:
-                entry = known._replace(others=(*known.others, address))
-            state.fdb[name, mac] = entry
 
     def _observe_routes(
         self, state: State, index: int, names: dict[int, str], users: dict[RouteKey, int]
@@ -233,41 +215,6 @@ class LinuxKernel:
                     users[info.destination, info.metric] = info.nexthop
                 if info.protocol != PROTOCOL_KERNEL and not is_kernels_own(info.destination):
                     state.add([self._route(info, names)])
-
-    def _routes_elsewhere(self, scope: Scope, ours: dict[int, str]) -> list[RouteInfo]:
-        """On other devices: routes with our mark inside our networks and, at start, a flannel's."""
-        found = [
-            route
-            for route in self._main_routes(protocol=ROUTE_PROTOCOL, skip=ours)
-            if any(net.contains(route.destination) for net in scope.networks)
-        ]
-        if scope.takeover:
-            found += [
-                route
-                for route in self._main_routes(protocol=PROTOCOL_BOOT, skip=ours)
-                if route.gateway is not None
-                and route.destination.length in scope.takeover_lengths
-                and any(net.contains(route.destination) for net in scope.takeover)
-            ]
-        return found
-
-    def _main_routes(
-        self, *, index: int = 0, protocol: int = 0, skip: Collection[int] = (), default_only: bool = False
-    ) -> list[RouteInfo]:
-        """The main table, by device, by protocol, and without the routes on some devices."""
-        found = []
-        for family in (codec.AF_INET, codec.AF_INET6):
-            request = codec.route_dump(family, index=index, protocol=protocol)
-            for row in self._netlink.rows(request, replies.ROUTES):
-                # Do not make values of thousands of routes for one.
-                if (default_only and row[replies.ROUTE_LENGTH]) or row[replies.ROUTE_DEVICE] in skip:
-                    continue
-                route = replies.route_of(row)
-                if route is None or route.table != codec.RT_TABLE_MAIN:
-                    continue
-                if (not index or route.ifindex == index) and (not protocol or route.protocol == protocol):
-                    found.append(route)
-        return found
 
     def _read_nexthops(self, devices: dict[int, str]) -> None:
         if not self._use_nexthops:
@@ -336,7 +283,7 @@ class LinuxKernel:
         if not any(isinstance(f.op.item, Route) and f.error.errno == errno.EEXIST for f in failures):
             return failures
         names = {link.ifindex: name for name, link in self._links.by_name.items()}
-        holders = {route.destination: names.get(route.ifindex, "?") for route in self._main_routes()}
+        holders = {route.destination: names.get(route.ifindex, "?") for route in main_routes(self._netlink)}
         found = []
         for failure in failures:
             item = failure.op.item
