@@ -69,6 +69,7 @@ def whole_daemon(command: str, peers: int) -> Figures:
         rig.node.ip("link", "add", "busy0", "type", "veth", "peer", "name", "busy1")
         rig.node.ip("link", "set", "busy0", "up")
         figures = {name: scenario.run.values[name] for name in ("rss_mib", "peak_rss_mib")}
+        time.sleep(_IDLE_SECONDS)  # a start ends with a second look at everything
         for name, busy in (("quiet", False), ("storm", True)):
             process = storm(*rig.node.command([])) if busy else None
             used, began = daemon.cpu_s(), time.monotonic()

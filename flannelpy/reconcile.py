@@ -285,13 +285,14 @@ class Reconciler:
                     self._observed.add((op.item,))
             await asyncio.sleep(0)
         health = self._health
-        health.passes += 1
-        health.operations += len(ops) - len(failures)
-        health.failures += len(failures)
+        metrics = health.metrics
+        metrics.passes += 1
+        metrics.operations += len(ops) - len(failures)
+        metrics.failures += len(failures)
         health.peers = self._peers.programmed()
         if ops and drift:
             seconds = asyncio.get_running_loop().time() - since
-            health.note_repair(ops, seconds)
+            metrics.note_repair(ops, seconds)
             log.warning("repaired in %.0f ms: %s (%s)", seconds * 1000, summary(ops, failures), cause)
         elif ops:
             level = logging.INFO if len(ops) > _QUIET else logging.DEBUG
@@ -382,7 +383,7 @@ class Reconciler:
         reasons.update({key: f"is not programmed: {reason}" for key, reason in health.refused.items()})
         new = [key for key, reason in reasons.items() if self._said.get(key) != reason]
         self._said = reasons
-        health.refusals += len(new)
+        health.metrics.refusals += len(new)
         for key in new[:_NAMED]:
             log.warning("lease %s %s", key, reasons[key])
         if len(new) > _NAMED:

@@ -154,6 +154,11 @@ def link_dump(name: str | None = None) -> Message:
     return Message(RTM_GETLINK, 0 if name else NLM_F_DUMP, body + (_name(name) if name else b""))
 
 
+def link_get(index: int) -> Message:
+    """One link."""
+    return Message(RTM_GETLINK, 0, IFINFO.pack(AF_UNSPEC, 0, index, 0, 0))
+
+
 def link_create(link: Link, uplink_index: int) -> Message:
     """Make a VXLAN device, down; `ip link add ... type vxlan` as flannel does it, without a queue.
 

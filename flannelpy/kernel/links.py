@@ -37,6 +37,13 @@ class Links:
         self.by_name = {link.name: link for link in found}
         return self.by_name
 
+    def now(self, ifindex: int) -> LinkInfo | None:
+        """One link as it is at this moment, not remembered; None if there is none of that index."""
+        try:
+            return replies.read_link(self._netlink.request(codec.link_get(ifindex))[0])
+        except (NetlinkError, IndexError):
+            return None
+
     def index(self, name: str) -> int:
         """The index of a device; NetlinkError (ENODEV) if there is none of that name."""
         link = self.by_name.get(name)

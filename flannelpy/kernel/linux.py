@@ -70,11 +70,24 @@ class LinuxKernel:
             async for notices in found:
                 yield notices
 
+    def _narrow(self) -> None:
+        """A new device has a new index: listen to it at once, its second damage must not go unheard."""
+        if self._monitor is not None:
+            links = self._links.by_name
+            self._monitor.narrow(links[name].ifindex for name in self._scope.devices if name in links)
+
     def _view(self) -> View:
         links = {link.ifindex: link for link in self._links.by_name.values()}
         ours = {index: link.name for index, link in links.items() if link.name in self._scope.devices}
         names = {index: link.name for index, link in links.items()}
-        return View(self._scope, ours, links, self._nexthops.is_ours, partial(self._route, names=names))
+        return View(
+            self._scope,
+            ours,
+            links,
+            self._links.now,
+            self._nexthops.is_ours,
+            partial(self._route, names=names),
+        )
 
     # --- questions ---------------------------------------------------------------------------------------
 
@@ -173,8 +186,7 @@ class LinuxKernel:
         for info in filter(None, map(replies.read_address, self._netlink.dump(codec.address_dump()))):
             if info.ifindex in ours and not is_kernels_own(info.prefix):
                 state.add([DeviceAddress(ours[info.ifindex], info.prefix)])
-        if self._monitor is not None:
-            self._monitor.narrow(ours)
+        self._narrow()
         if devices_only:
             return state
         for index, name in ours.items():
@@ -249,6 +261,7 @@ class LinuxKernel:
                 if isinstance(op, Remove) and op.item.name in self._links.by_name:
                     self._nexthops.forget_device(self._links.index(op.item.name))
                 failures += self._links.apply(op, op.item)
+                self._narrow()
             else:
                 bulk.append(op)
         return failures + self._apply_bulk(bulk)

@@ -48,6 +48,8 @@ class View(NamedTuple):
     """The devices in the scope that exist: index -> name."""
     links: dict[int, LinkInfo]
     """All links as last read."""
+    link_now: Callable[[int], LinkInfo | None]
+    """A link as it is at this moment; None = there is none of that index."""
     is_our_nexthop: Callable[[int], bool]
     route: Callable[[RouteInfo], Route]
 
@@ -151,7 +153,7 @@ _LINK = (codec.RTM_NEWLINK, codec.RTM_DELLINK)
 def read(view: View, kind: int, body: bytes) -> Notice | None:
     """One message, or None if it is none of our business. Pure."""
     if kind in _LINK:
-        return _link(view, kind, body)
+        return _link(view, body)
     if kind in (codec.RTM_NEWADDR, codec.RTM_DELADDR):
         return _address(view, body, gone=kind == codec.RTM_DELADDR)
     if kind in (codec.RTM_NEWNEIGH, codec.RTM_DELNEIGH):
@@ -166,28 +168,29 @@ def read(view: View, kind: int, body: bytes) -> Notice | None:
     return None
 
 
-def _link(view: View, kind: int, body: bytes) -> Notice | None:
+def _link(view: View, body: bytes) -> Notice | None:
+    """Compare the device as it is now with what we know: messages about our own doing come late."""
     info = replies.read_link(body)
     known = view.links.get(info.ifindex)
     name = known.name if known else info.name
     ours = info.ifindex in view.ours or info.name in view.scope.devices
-    is_uplink = view.scope.uplink in (name, info.name)
-    if not ours and not is_uplink:
+    if not ours and view.scope.uplink not in (name, info.name):
         return _news_for_a_lost_uplink(view)
     what = f"device {name}" if ours else f"uplink {name}"
-    if kind == codec.RTM_DELLINK:
-        return Shaken(f"{what} was deleted")
-    if known is None:
-        return Shaken(f"{what} appeared")
-    for word, before, now in (
-        ("name", known.name, info.name),
-        ("MTU", known.mtu, info.mtu),
-        ("MAC", known.mac, info.mac),
-        ("state", known.up, info.up),
-        ("carrier", known.running, info.running),
-        ("attributes", known.vxlan, info.vxlan or known.vxlan),
+    now = view.link_now(info.ifindex)
+    if now is None or known is None:
+        if now is known:
+            return None  # both: it came and went
+        return Shaken(f"{what} {'was deleted' if now is None else 'appeared'}")
+    for word, before, after in (
+        ("name", known.name, now.name),
+        ("MTU", known.mtu, now.mtu),
+        ("MAC", known.mac, now.mac),
+        ("state", known.up, now.up),
+        ("carrier", known.running, now.running),
+        ("attributes", known.vxlan, now.vxlan),
     ):
-        if before != now:
+        if before != after:
             return Shaken(f"the {word} of {what} changed")
     return None
 

@@ -1,6 +1,7 @@
 """The same tests on the fake kernel and, in a network namespace, on the real one."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flannelpy.kernel import codec, replies
 from flannelpy.kernel.fake import FakeKernel
 from flannelpy.kernel.linux import LinuxKernel
 from flannelpy.model.address import Prefix, parse_mac, parse_prefix, parse_v4, parse_v6
@@ -20,6 +22,7 @@ from flannelpy.model.kernel import (
     Neighbour,
     Route,
     Scope,
+    Shaken,
     State,
     Vxlan,
     default_metric,
@@ -258,7 +261,7 @@ def test_nexthops_and_routes_of_others_are_never_used_replaced_or_removed(linux:
 @pytest.mark.root
 def test_a_table_of_a_device_that_is_gone_is_an_error_not_an_empty_table(linux: LinuxKernel) -> None:
     with pytest.raises(OSError, match="No such device"):
-        linux._main_routes(index=99999)
+        linux._netlink.rows(codec.route_dump(codec.AF_INET, index=99999), replies.ROUTES)
 
 
 @pytest.mark.root
@@ -358,3 +361,19 @@ def test_links_and_routes_are_told_as_they_are(linux: LinuxKernel) -> None:
     assert linux.route_to(parse_v6("2001:db9::1")) is None
     assert ("eth0", parse_prefix("192.0.2.0/24")) in linux.routed()
     assert sys.platform == "linux"
+
+
+@pytest.mark.root
+def test_lost_notifications_are_said(linux: LinuxKernel) -> None:
+    linux.subscribe()
+    settle(linux, State(own()))
+    monitor = linux._monitor
+    assert monitor is not None
+    monitor._read()
+    monitor._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel gives its minimum
+    words = "lladdr 02:00:00:00:be:ef dev flannel.1 nud permanent"
+    lines = [f"neigh add 10.5.99.{n} {words}" for n in range(100)]
+    subprocess.run(["ip", "-batch", "-"], input="\n".join(lines), text=True, check=True)
+    notices = monitor._read()
+    assert Shaken("notifications were lost") in notices
+    assert len(notices) < 100
