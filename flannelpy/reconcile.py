@@ -149,6 +149,7 @@ class Reconciler:
                 # A device that vanishes while its tables are read, an uplink that is too small now.
                 self._all_dirty = True
                 self._back_off()
+                self._not_before = asyncio.get_running_loop().time() + self._retry
                 log.warning("cannot reconcile: %s; trying again in %.2g s", error, self._retry)
 
     async def _gather(self) -> Work:

@@ -1,0 +1,118 @@
+"""The loop when the kernel is silent, refuses, or is damaged: no storm, nothing lost, nothing starved."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from random import Random
+
+from flannelpy.backend import load
+from flannelpy.health import Health
+from flannelpy.kernel.fake import FakeKernel
+from flannelpy.model.kernel import Route, Scope, State
+from flannelpy.model.lease import Delta, Snapshot
+from flannelpy.model.plan import Op, Put
+from flannelpy.reconcile import Reconciler
+from tests.builders import config, facts, lease
+
+OWN = lease("10.5.1.0/24", "192.0.2.1", mac="02:00:00:00:00:01")
+PEER = lease("10.5.2.0/24")
+
+
+class SulkyKernel(FakeKernel):
+    """Fails to tell its tables for a while."""
+
+    def __init__(self) -> None:
+        super().__init__(foreign=["eth0"])
+        self.sulks = False
+        self.asked = 0
+
+    def observe(self, scope: Scope, *, devices_only: bool = False) -> State:
+        self.asked += 1
+        if self.sulks:
+            raise OSError(19, "No such device")
+        return super().observe(scope, devices_only=devices_only)
+
+
+def run(test: Callable[[Reconciler, SulkyKernel], Awaitable[None]]) -> None:
+    async def main() -> None:
+        kernel, backend = SulkyKernel(), load(config())
+        scope = Scope(frozenset(backend.devices), (config().network,))  # type: ignore[arg-type]
+        node = Reconciler(
+            kernel, backend, config(), facts(), OWN, scope, Health(), Random(1), lambda known: known
+        )
+        node.prepare()
+        task = asyncio.create_task(node.run())
+        try:
+            await test(node, kernel)
+            assert not task.done()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  # what it waits for has no event
+            await asyncio.sleep(0.01)
+
+
+def routes(kernel: SulkyKernel) -> int:
+    return len(kernel.state.routes)
+
+
+def test_a_kernel_that_does_not_answer_is_asked_again_calmly_and_no_update_is_lost() -> None:
+    async def test(node: Reconciler, kernel: SulkyKernel) -> None:
+        kernel.sulks, kernel.asked = True, 0
+        node.offer(Snapshot((OWN, PEER), 10))
+        await asyncio.sleep(0.6)
+        assert 1 <= kernel.asked <= 4
+        kernel.sulks = False
+        await until(lambda: routes(kernel) == 1)
+        assert node.first_pass_done.is_set()
+
+    run(test)
+
+
+def test_a_refused_route_gets_its_turn_however_much_comes_in() -> None:
+    async def test(node: Reconciler, kernel: SulkyKernel) -> None:
+        node.offer(Snapshot((OWN,), 10))
+        await until(node.first_pass_done.is_set)
+        tries = 0
+
+        def refuse(op: Op) -> int:
+            nonlocal tries
+            tries += isinstance(op, Put) and isinstance(op.item, Route)
+            return 12 if tries == 1 and isinstance(op.item, Route) else 0
+
+        kernel.refuse = refuse
+        node.offer(Delta((PEER,), (), 11))
+
+        async def renewals() -> None:
+            for revision in range(12, 2000):
+                node.offer(Delta((PEER._replace(revision=revision),), (), revision))
+                await asyncio.sleep(0.005)
+
+        busy = asyncio.create_task(renewals())
+        await until(lambda: routes(kernel) == 1)
+        busy.cancel()
+
+    run(test)
+
+
+def test_an_event_reads_no_table() -> None:
+    async def test(node: Reconciler, kernel: SulkyKernel) -> None:
+        others = [
+            lease(f"10.5.{n}.0/24", f"192.0.2.{n}", mac=f"02:00:00:00:00:{n:02x}") for n in range(10, 20)
+        ]
+        node.offer(Snapshot((OWN, *others), 10))
+        await until(lambda: routes(kernel) == 10)
+        await asyncio.sleep(0.05)
+        kernel.asked = 0
+        node.offer(Delta((PEER,), (), 11))
+        await until(lambda: routes(kernel) == 11)
+        node.offer(Delta((), (PEER.key,), 12))
+        await until(lambda: routes(kernel) == 10)
+        assert kernel.asked == 0
+
+    run(test)
