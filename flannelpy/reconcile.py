@@ -174,10 +174,13 @@ class Reconciler:
             elif news is not None:
                 work.updates.append(news)
         # However much comes in, what was refused and what was never announced has its turn.
+        # Each deadline fires once: the pass that it asks for may have to wait, and sets it again.
         if now >= self._resync_at:
             work.notices.append(Shaken("resync"))
-        elif now >= self._retry_at:
+            self._resync_at = now + self._random.uniform(*_RESYNC_SECONDS)
+        if now >= self._retry_at:
             self._all_dirty = True
+            self._retry_at = math.inf
         return work
 
     # --- passes ------------------------------------------------------------------------------------------

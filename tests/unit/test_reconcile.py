@@ -10,7 +10,7 @@ from flannelpy.kernel.fake import FakeKernel
 from flannelpy.model.kernel import Route, Scope, State
 from flannelpy.model.lease import Delta, Snapshot
 from flannelpy.model.plan import Op, Put
-from flannelpy.reconcile import Reconciler
+from flannelpy.reconcile import Reconciler, Work
 from tests.builders import config, facts, lease
 
 OWN = lease("10.5.1.0/24", "192.0.2.1", mac="02:00:00:00:00:01")
@@ -96,6 +96,29 @@ def test_a_refused_route_gets_its_turn_however_much_comes_in() -> None:
         busy = asyncio.create_task(renewals())
         await until(lambda: routes(kernel) == 1)
         busy.cancel()
+
+    run(test)
+
+
+def test_a_deadline_that_passes_while_a_full_pass_must_wait_does_not_spin() -> None:
+    async def test(node: Reconciler, kernel: SulkyKernel) -> None:
+        node.offer(Snapshot((OWN,), 10))
+        await until(node.first_pass_done.is_set)
+        turns = 0
+        gather = node._gather
+
+        async def counted() -> Work:
+            nonlocal turns
+            turns += 1
+            return await gather()
+
+        node._gather = counted  # type: ignore[method-assign]
+        now = asyncio.get_running_loop().time()
+        node._not_before, node._resync_at, node._retry_at = now + 0.3, now, now
+        node.offer(Delta((), (), 11))
+        await asyncio.sleep(0.5)
+        assert turns < 10
+        assert not node._all_dirty
 
     run(test)
 
