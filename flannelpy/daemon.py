@@ -95,7 +95,8 @@ async def _serve(settings: Settings, notify: Notify) -> None:
     for note in settings.notes():
         log.warning("%s", note)
     if settings.ignored_words:
-        log.warning("ignored after the flags: %s", " ".join(settings.ignored_words))
+        # Not the words themselves: after `--etcd-password= secret` one of them is the secret.
+        log.warning("ignored after the flags: %d word(s)", len(settings.ignored_words))
     require_privileges()
     health = Health()
     async with AsyncExitStack() as stack:
