@@ -1,17 +1,29 @@
-"""Our claim on a subnet: taken at start, prolonged in time, taken back when it is lost."""
+"""Our claim on a subnet: taken at start, prolonged in time, taken back when it is lost.
+
+What the store says about our record only wakes `keep`, which compares and decides. Whoever else writes
+the record is one of three: an operator (the record stays ours), a node that was given our subnet (we move to
+another one), or another machine that has our public IP. The last is said loudly, with both identities, and
+the two never fight: the one that booted later gives way.
+"""
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 from random import Random
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from flannelpy.errors import StoreError
-from flannelpy.model.config import NetworkConfig
-from flannelpy.model.lease import Lease, LeaseUpdate, Snapshot
+from flannelpy.health import Health
+from flannelpy.model import identity
+from flannelpy.model.address import format_address
+from flannelpy.model.config import ConfigError, NetworkConfig, parse_config
+from flannelpy.model.config_change import compare
+from flannelpy.model.identity import Identity
+from flannelpy.model.lease import Lease, LeaseUpdate, Snapshot, same_node
 from flannelpy.model.subnet import Previous
-from flannelpy.store import TTL_SECONDS, Offer, Store
+from flannelpy.store import TTL_SECONDS, Offer, Running, Store
 
 log = logging.getLogger(__name__)
 
@@ -19,14 +31,26 @@ _RETRY_SECONDS = (0.5, 8.0)
 """While the store does not answer: first and longest wait."""
 _REPEAT_SECONDS = (60.0, 600.0)
 """After a change of what we tell: written again this much later."""
-_RECLAIM_SECONDS = 60.0
-"""A claim that is lost again is taken back no more often than this."""
+_RECLAIM_SECONDS = (60.0, 3600.0)
+"""A claim that is lost again is taken back no more often than this, and ever more rarely."""
+
+_SIGN_SECONDS = 1.0
+"""Who writes a record signs it right after: wait so long before the signature is read."""
 
 T = TypeVar("T")
 
 
+class Telling(NamedTuple):
+    """Whom a claim tells what."""
+
+    moved: Callable[[Lease], None]
+    """Our lease became another one, or tells something else."""
+    written: Callable[[Lease], None]
+    """Our record was written, and lives for a whole TTL from now."""
+
+
 class Claim:
-    """Holds our lease. `moved` is called when it became another one, or tells something else."""
+    """Holds our lease."""
 
     def __init__(
         self,
@@ -36,52 +60,76 @@ class Claim:
         previous: Previous,
         margin_minutes: int,
         random: Random,
-        moved: Callable[[Lease], None],
+        health: Health,
+        us: Identity,
+        telling: Telling,
+        held: Callable[[], tuple[Lease, ...]] = tuple,
     ) -> None:
         self._store = store
         self._config = config
         self._offer = offer
         self._previous = previous
-        self._period = TTL_SECONDS - margin_minutes * 60.0
+        self._margin = margin_minutes * 60.0
         self._random = random
-        self._moved = moved
-        self._own: Lease | None = None
-        self._changed_at = 0
-        """The revision at which our record was last changed by somebody, ourselves included."""
+        self._health = health
+        self._us = us
+        self._telling = telling
+        self._held = held
+        """The peers whose subnets are not free although they have no record."""
+        self.own: Lease | None = None
+        """Our lease as we wrote it last."""
+        self._theirs: Lease | None = None
+        """Our record as somebody else wrote it last."""
         self._lost = False
-        """A whole listing came without our record, or with one from before ours."""
+        """Our record was deleted, or a whole listing came without it or with an older one."""
+        self._new_history = False
+        self._gave_way = False
+        """The record is left to another machine that has our public IP."""
         self._unpublished = False
+        self._unsigned = False
         self._wake = asyncio.Event()
         self._renew_at = 0.0
         self._repeats: list[float] = []
         """When to write the record once more."""
         self._not_before = 0.0
         """When the record may be taken back again."""
+        self._pause = 0.0
+
+    # --- what others ask of it ---------------------------------------------------------------------------
 
     async def take(self) -> Lease:
         """Claim a subnet, waiting for the store as long as it takes; StoreError if there can be none."""
         own = await self._ask(self._acquire(), "claim a subnet", for_ever=False)
-        self._held(own)
+        self._note_written(own)
         return own
 
-    def _acquire(self) -> Callable[[], Awaitable[Lease]]:
-        return partial(self._store.acquire, self._config, self._offer, self._previous)
+    def resume(self, own: Lease, seconds: float) -> None:
+        """Go on with a lease from an earlier life that lasts so much longer; write it as soon as possible."""
+        self.own = own
+        self._renew_at = asyncio.get_running_loop().time() + max(0.0, seconds - self._margin)
+        self.publish()
+
+    def use(self, config: NetworkConfig) -> None:
+        """Choose new subnets by this config from now on; it describes the same network."""
+        self._config = config
 
     def notice(self, update: LeaseUpdate) -> None:
         """Look at what the store says about our own record: somebody else may have written or deleted it."""
-        own = self._own
+        own = self.own
         if own is None:
             return
         found = update.leases if isinstance(update, Snapshot) else update.put
-        revision = max((lease.revision for lease in found if lease.key == own.key), default=0)
+        theirs = next((lease for lease in found if lease.key == own.key), None)
         if isinstance(update, Snapshot):
+            self._new_history = self._new_history or update.new_history
             # A lower revision is another history: a backup was restored, and knows an older record at best.
-            self._lost = revision < own.revision and own.key not in dict(update.unreadable)
-        elif own.key in update.gone:
-            revision = max(revision, update.revision)
+            known = theirs is not None or own.key in dict(update.unreadable)
+            self._lost = not known or (theirs is not None and theirs.revision < own.revision)
+        elif own.key in update.gone and update.revision > own.revision:
+            self._lost = True
         # Our own writes come back, too, perhaps before their answer: `keep` compares again.
-        if self._lost or revision > own.revision:
-            self._changed_at = revision
+        self._theirs = theirs or self._theirs
+        if self._is_changed():
             self._wake.set()
 
     def publish(self) -> None:
@@ -92,26 +140,32 @@ class Claim:
     async def keep(self) -> None:
         """Hold the claim for ever: prolong it in time, publish changes, take it back when it was lost."""
         while True:
+            await self._sign()
             await self._wait()
-            own = self._own
+            own = self.own
             if own is None or not self._is_due():
                 continue
             # What changes while the store is asked is published by the next turn.
             publishing, self._unpublished = self._unpublished, False
             if publishing:
                 own = own._replace(attrs=self._offer(own, ()))
-            self._lost = False
+            lost, self._lost = self._lost, False
             renewed = await self._ask(partial(self._store.renew, own), "renew our lease")
             if renewed is None:
-                await self._take_back(own)
+                self._lost = self._lost or lost
+                await self._recover(own)
                 continue
             log.info("renewed our lease %s", renewed.key)
-            self._held(renewed)
+            self._note_written(renewed)
+            if not self._gave_way:
+                self._health.conflict = None
             if publishing:
                 # flannel peers do not notice changed attributes across a new listing, only a put.
                 now = asyncio.get_running_loop().time()
                 self._repeats = [now + seconds for seconds in _REPEAT_SECONDS]
-                self._moved(renewed)
+                self._telling.moved(renewed)
+
+    # --- waiting -----------------------------------------------------------------------------------------
 
     async def _wait(self) -> None:
         """Until the next deadline, or until somebody wakes us."""
@@ -126,28 +180,129 @@ class Claim:
         now = asyncio.get_running_loop().time()
         due = now >= min([self._renew_at, *self._repeats])
         self._repeats = [deadline for deadline in self._repeats if deadline > now]
-        changed = self._own is not None and self._changed_at > self._own.revision
-        return due or changed or self._lost or self._unpublished
+        if self._gave_way:
+            if due:
+                self._renew_at = now + TTL_SECONDS
+            return self._lost
+        return due or self._is_changed() or self._unpublished
 
-    def _held(self, own: Lease) -> None:
-        self._own = own
+    def _is_changed(self) -> bool:
+        own, theirs = self.own, self._theirs
+        return self._lost or (own is not None and theirs is not None and theirs.revision > own.revision)
+
+    def _note_written(self, own: Lease) -> None:
+        """The record is ours, as we wrote it just now."""
+        self.own = own
+        self._unsigned = True
         # Up to a tenth earlier: a cluster that started at once must not renew at once.
-        period = self._period * self._random.uniform(0.9, 1.0)
+        period = (TTL_SECONDS - self._margin) * self._random.uniform(0.9, 1.0)
         self._renew_at = asyncio.get_running_loop().time() + period
+        self._telling.written(own)
+
+    async def _sign(self) -> None:
+        if self._unsigned and self.own is not None:
+            self._unsigned = False
+            await self._store.sign(self.own, identity.render(self._us))
+
+    # --- a loss ------------------------------------------------------------------------------------------
+
+    async def _recover(self, own: Lease) -> None:
+        """The record is not as we wrote it. Take it back, unless it is for another machine to keep."""
+        theirs = self._theirs
+        is_twin = (
+            not self._lost
+            and theirs is not None
+            and theirs.revision > own.revision
+            and theirs.etcd_lease_id != 0  # else an operator wrote it: a reservation for us
+            and same_node(theirs.attrs, own.attrs)
+        )
+        if is_twin and theirs is not None and await self._gives_way(own, theirs):
+            return
+        await self._take_back(own)
+        # Two that cannot be told apart, or that do not know the rule, take turns ever more rarely.
+        first, longest = _RECLAIM_SECONDS
+        self._pause = min(longest, self._pause * 2 or first) if is_twin else first
+        self._not_before = asyncio.get_running_loop().time() + self._pause
+
+    async def _gives_way(self, own: Lease, theirs: Lease) -> bool:
+        """Another machine with our public IP holds our record: name both; whether it is left to them."""
+        await asyncio.sleep(_SIGN_SECONDS)
+        them = identity.parse(await self._store.signature(own.key) or "")
+        if them is not None and them.process == self._us.process:
+            them = None  # our own signature: they do not sign
+        address = own.attrs.public_ip or own.attrs.public_ipv6 or b""
+        self._gave_way = them is not None and not self._us.outranks(them)
+        conflict = (
+            f"another machine has our public IP {format_address(address)} and claims our lease {own.key}:"
+            f" {them or 'unknown'}, {theirs.attrs.backend_data}; we are {self._us}, {own.attrs.backend_data}"
+        )
+        outcome = (
+            "the lease is left to it, peers may not reach this node" if self._gave_way else "we take it back"
+        )
+        if self._health.conflict != conflict:
+            log.error(
+                "%s; %s. Give each machine an address of its own (--public-ip, --iface), then restart it",
+                conflict,
+                outcome,
+            )
+        self._health.conflict = conflict
+        if self._gave_way:
+            self._unpublished = False
+        return self._gave_way
 
     async def _take_back(self, lost: Lease) -> None:
-        """Our record was deleted or overwritten: the same subnet again if it is free, else another one."""
-        loop = asyncio.get_running_loop()
-        await asyncio.sleep(self._not_before - loop.time())
+        """The same subnet again if it is free, else another one."""
+        await asyncio.sleep(self._not_before - asyncio.get_running_loop().time())
         log.warning("our lease %s was deleted or overwritten by somebody else: taking it back", lost.key)
+        if self._new_history:
+            await self._matching_config()
         self._previous = Previous(self._config.network, lost.subnet, self._config.network6, lost.subnet6)
-        self._unpublished = False
-        own = await self._ask(self._acquire(), "take our lease back")
-        self._held(own)
-        self._not_before = loop.time() + _RECLAIM_SECONDS
+        self._unpublished = self._lost = self._new_history = False
+        running = Running(lost, self._held())
+        own = await self._ask(self._acquire(running), "take our lease back")
+        if self._gave_way:
+            self._gave_way = False
+            self._health.conflict = None
+            log.warning("the other machine with our public IP is gone: our lease is ours again")
+        self._note_written(own)
         if own.subnets() != lost.subnets():
-            log.error("our subnet changed from %s to %s: another node has the old one now", lost.key, own.key)
-        self._moved(own)
+            log.error(
+                "our subnet changed from %s to %s: another node has the old one now; restart Docker, or the"
+                " pods, on this node, so that they get addresses of the new one",
+                lost.key,
+                own.key,
+            )
+        self._telling.moved(own)
+
+    async def _matching_config(self) -> None:
+        """Nothing is written into a new history before it has a config that describes our network."""
+        said = ""
+        async with aclosing(self._store.watch_config()) as texts:
+            async for text in texts:
+                reason = self._mismatch(text)
+                if reason is None:
+                    return
+                if reason != said:
+                    said = reason
+                    log.warning(
+                        "our lease is not written into the store's new history yet: %s at %s",
+                        reason,
+                        self._store.config_place,
+                    )
+
+    def _mismatch(self, text: str | None) -> str | None:
+        if text is None:
+            return "there is no network config"
+        try:
+            pending = compare(self._config, parse_config(text)).pending
+        except ConfigError as error:
+            return f"the network config is not usable ({error})"
+        return f"the network config is another one ({'; '.join(pending)})" if pending else None
+
+    # --- the store ---------------------------------------------------------------------------------------
+
+    def _acquire(self, running: Running | None = None) -> Callable[[], Awaitable[Lease]]:
+        return partial(self._store.acquire, self._config, self._offer, self._previous, running)
 
     async def _ask(self, call: Callable[[], Awaitable[T]], what: str, *, for_ever: bool = True) -> T:
         """Ask until the store answers; says so once per reason.

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing, suppress
 from functools import partial
@@ -17,7 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from flannelpy import __version__, subnet_env
+from flannelpy import __version__, control, state_file, subnet_env
 from flannelpy.backend import Backend, load
 from flannelpy.errors import FlannelpyError, KernelError
 from flannelpy.health import Health
@@ -26,14 +27,17 @@ from flannelpy.kernel.linux import LinuxKernel, require_privileges
 from flannelpy.log import setup as setup_log
 from flannelpy.model.address import Address, parse_address
 from flannelpy.model.config import EXAMPLE_CONFIG, ConfigError, NetworkConfig, parse_config
+from flannelpy.model.config_change import compare
+from flannelpy.model.identity import Identity
 from flannelpy.model.kernel import Scope, State
 from flannelpy.model.leftover import leftover_devices
 from flannelpy.model.plan import plan
 from flannelpy.model.subnet import Previous
 from flannelpy.model.uplink import Wish
-from flannelpy.node import Node, Parts
+from flannelpy.node import PATIENCE_SECONDS, Node, Parts
 from flannelpy.notify import Notify
 from flannelpy.settings import Settings, describe
+from flannelpy.state_file import Memory, Origin
 from flannelpy.store import Store
 
 log = logging.getLogger(__name__)
@@ -102,7 +106,11 @@ async def _serve(settings: Settings, notify: Notify) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(instance.lock(f"network {settings.etcd_prefix}"))
         store = await stack.enter_async_context(_store(settings, health, notify))
-        config, backend = await _learn_network(store, notify)
+        origin = Origin(settings.etcd_prefix, tuple(settings.etcd_endpoints))
+        memory = _remembered(settings, origin)
+        config_text, config, backend = await _learn_network(store, notify, memory)
+        if memory is not None and compare(memory.config, config).pending:
+            memory = None  # the network is another one
         host = LinuxKernel()
         stack.callback(host.close)
         # Another network of this host may share neither a device nor addresses with ours.
@@ -127,6 +135,7 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             store=store,
             host=host,
             config=config,
+            config_text=config_text,
             backend=backend,
             wish=Wish(
                 settings.iface,
@@ -139,13 +148,19 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             store_hosts=_literal_hosts(settings.etcd_endpoints),
             previous=previous,
             margin_minutes=settings.subnet_lease_renew_margin,
+            us=_identity(),
+            origin=origin,
+            memory=memory,
+            save=partial(_save, settings),
             write_subnet_env=partial(_write_subnet_env, settings.subnet_file),
             ip_masq=settings.ip_masq,
             on_ready=ready,
             health=health,
             random=Random(),  # noqa: S311  # spreads load, guards nothing
         )
-        await Node(parts).live()
+        node = Node(parts)
+        async with control.serve(control.path_for(settings.subnet_file), {"confirm": node.confirm}):
+            await node.live()
 
 
 class Cleaned(NamedTuple):
@@ -208,11 +223,15 @@ async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIte
     def trouble(reason: str | None) -> None:
         if reason == health.store_trouble:
             return
+        now = time.time()
         if reason is None:
-            log.info("the store answers again")
+            log.info("the store answers again, after %.0f s", now - health.store_trouble_since)
             notify.status(health.summary)
         else:
-            outcome = "the network goes on with what is known" if health.ready else "waiting"
+            if health.store_trouble is None:
+                health.store_trouble_since = now
+            since = time.strftime("%H:%M:%S", time.localtime(health.store_trouble_since))
+            outcome = f"the network goes on with what was known at {since}" if health.ready else "waiting"
             log.warning("%s; %s", reason, outcome)
             notify.status(f"{reason}; {outcome}")
         health.store_trouble = reason
@@ -231,24 +250,69 @@ async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIte
             log.debug("the store's connections did not close in time")
 
 
-async def _learn_network(store: Store, notify: Notify) -> tuple[NetworkConfig, Backend]:
-    """Wait until there is a config that can be served; says once what is missing or wrong."""
+async def _learn_network(
+    store: Store, notify: Notify, memory: Memory | None
+) -> tuple[str, NetworkConfig, Backend]:
+    """(text, config, backend): wait until there is one that can be served; say once what is wrong.
+
+    A store that does not answer at all is waited for only as long as there is no memory that will do.
+    """
     said = ""
-    async with aclosing(store.watch_config()) as texts:
-        async for text in texts:
-            if text is None:
-                problem = f"no network config yet: put one at {store.config_place}, such as {EXAMPLE_CONFIG}"
-            else:
-                try:
-                    config = parse_config(text)
-                    return config, load(config)
-                except (ConfigError, LookupError) as error:
-                    problem = f"the network config at {store.config_place} cannot be used: {error}"
-            if problem != said:
-                said = problem
-                log.warning("waiting: %s", problem)
-                notify.status(f"waiting: {problem}")
+    usable = memory is not None and memory.is_valid_at(time.time())
+    patience = asyncio.timeout(PATIENCE_SECONDS if usable else None)
+    try:
+        async with patience, aclosing(store.watch_config()) as texts:
+            async for text in texts:
+                patience.reschedule(None)  # it answers
+                if text is None:
+                    problem = (
+                        f"no network config yet: put one at {store.config_place}, such as {EXAMPLE_CONFIG}"
+                    )
+                else:
+                    try:
+                        config = parse_config(text)
+                        return text, config, load(config)
+                    except (ConfigError, LookupError) as error:
+                        problem = f"the network config at {store.config_place} cannot be used: {error}"
+                if problem != said:
+                    said = problem
+                    log.warning("waiting: %s", problem)
+                    notify.status(f"waiting: {problem}")
+    except TimeoutError:
+        if memory is not None:
+            return memory.config_text, memory.config, load(memory.config)
     raise KernelError("the store gave up watching the network config")  # pragma: no cover
+
+
+def _remembered(settings: Settings, origin: Origin) -> Memory | None:
+    """What an earlier life of this node has saved about this network."""
+    if not settings.state_dir:
+        return None
+    memory, warning = state_file.read(state_file.path_for(settings.state_dir, origin.prefix))
+    if warning:
+        log.warning("%s", warning)
+    return memory if memory is not None and memory.origin.is_same(origin) else None
+
+
+def _save(settings: Settings, memory: Memory) -> None:
+    if not settings.state_dir:
+        return
+    path = state_file.path_for(settings.state_dir, memory.origin.prefix)
+    try:
+        state_file.write(path, memory)
+    except OSError as error:
+        log.warning(
+            "cannot write %s: %s; a start without the store will not know the peers", path, error.strerror
+        )
+
+
+def _identity() -> Identity:
+    """This process on this machine."""
+    boot, since = "", 0
+    with suppress(OSError, ValueError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        since = int(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
+    return Identity(socket.gethostname(), boot, os.urandom(8).hex(), since)
 
 
 def _literal_hosts(endpoints: Sequence[str]) -> tuple[Address, ...]:

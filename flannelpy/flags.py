@@ -248,6 +248,8 @@ TABLE = (
          "The same for IPv6."),
     Flag("subnet-file", NETWORK, "/run/flannel/subnet.env", read_path, "FILE",
          "Written for Docker and CNI once the subnet stands; read at start to get the same subnet again."),
+    Flag("state-dir", NETWORK, "/var/lib/flannelpy", read_text, "FOLDER",
+         "Where our lease and the peers are remembered for a start without the store; empty: nowhere."),
     Flag("subnet-lease-renew-margin", NETWORK, "60", integer(1, 1439, _RENEW_RULE), "MINUTES",
          "How long before the end of its 24 hours a lease is renewed."),
     Flag("ip-masq", TRAFFIC, "false", read_boolean, "",

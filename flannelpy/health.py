@@ -13,6 +13,14 @@ class Health:
         """The node in one line."""
         self.store_trouble: str | None = None
         """Why the store cannot be reached or used right now; None = all is well."""
+        self.store_trouble_since = 0.0
+        """When that began, seconds since 1970."""
+        self.conflict: str | None = None
+        """Who else claims our lease; None = nobody."""
+        self.held = 0
+        """Peers without a record, kept since the store began a new history."""
+        self.config_pending: str | None = None
+        """Why the store's network config is not the one that is running; None = it is."""
         self.peers = 0
         """Peers that are programmed, or will be with the next pass."""
         self.refused: dict[str, str] = {}

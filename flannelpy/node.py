@@ -5,6 +5,7 @@ Everything that touches the outside comes in from `daemon.py`, so a simulation c
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
 from contextlib import aclosing
 from random import Random
@@ -12,22 +13,27 @@ from typing import NamedTuple, Protocol
 
 from flannelpy import subnet_env
 from flannelpy.backend import Backend, Facts
-from flannelpy.claim import Claim
+from flannelpy.claim import Claim, Telling
 from flannelpy.errors import UplinkError
 from flannelpy.health import Health
+from flannelpy.knowledge import Knowledge
 from flannelpy.model.address import Address, Prefix, format_address
 from flannelpy.model.address import host as host_prefix
 from flannelpy.model.config import NetworkConfig, overlap_warnings
+from flannelpy.model.identity import Identity
 from flannelpy.model.kernel import Link, Notice, Scope, Shaken
-from flannelpy.model.lease import Lease, LeaseAttrs
+from flannelpy.model.lease import Delta, Lease, LeaseAttrs, Snapshot, same_node
 from flannelpy.model.leftover import leftover_devices
-from flannelpy.model.subnet import Previous
+from flannelpy.model.subnet import Previous, is_compatible
 from flannelpy.model.uplink import DefaultRoute, Interface, NoUplink, Uplink, Wish, choose
 from flannelpy.reconcile import Kernel, Reconciler
-from flannelpy.store import Store
+from flannelpy.state_file import Memory, Origin
+from flannelpy.store import TTL_SECONDS, Store
 
 log = logging.getLogger(__name__)
 
+PATIENCE_SECONDS = 5.0
+"""How long a start waits for the store before it goes on with what an earlier life has saved."""
 _LOOK_AGAIN_SECONDS = 3.0
 """While there is no uplink: between two looks for one."""
 
@@ -70,6 +76,8 @@ class Parts(NamedTuple):
     store: Store
     host: Host
     config: NetworkConfig
+    config_text: str
+    """The same as the store has it."""
     backend: Backend
     wish: Wish
     """What the operator says about the uplink."""
@@ -79,12 +87,19 @@ class Parts(NamedTuple):
     previous: Previous
     """What subnet.env said."""
     margin_minutes: int
+    us: Identity
+    origin: Origin
+    memory: Memory | None
+    """What an earlier life of this node has saved about this network."""
+    save: Callable[[Memory], None]
     write_subnet_env: Callable[[str], None]
     ip_masq: bool
     on_ready: Callable[[str], None]
     """Told, in one line, when the node is ready."""
     health: Health
     random: Random
+    wall_clock: Callable[[], float] = time.time
+    """Seconds since 1970."""
 
 
 class Node:
@@ -94,6 +109,16 @@ class Node:
         self._parts = parts
         parts.host.subscribe()
         self._facts = self._first_facts()
+        self._knowledge = Knowledge(
+            parts.store,
+            parts.config,
+            parts.config_text,
+            parts.origin,
+            parts.memory,
+            parts.health,
+            parts.wall_clock,
+            self._config_applied,
+        )
         self._claim = Claim(
             parts.store,
             parts.config,
@@ -101,7 +126,10 @@ class Node:
             parts.previous,
             parts.margin_minutes,
             parts.random,
-            self._moved,
+            parts.health,
+            parts.us,
+            Telling(self._moved, self._knowledge.written),
+            self._knowledge.held,
         )
         self._reconciler: Reconciler | None = None
         self._env = ""
@@ -110,7 +138,7 @@ class Node:
     async def live(self) -> None:
         """From the claim on a subnet to the end."""
         parts = self._parts
-        own = await self._claim.take()
+        own, from_memory = await self._first_lease()
         log.info("our lease is %s", own.key)
         reconciler = self._reconciler = Reconciler(
             parts.host,
@@ -122,21 +150,69 @@ class Node:
             parts.health,
             parts.random,
             self._learn,
+            from_memory=from_memory,
         )
         reconciler.prepare()
         self._write_subnet_env(own)
+        if from_memory:
+            reconciler.offer(Delta(self._knowledge.all_leases(), (), 0))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow_store(reconciler), name="follow the peers")
             tasks.create_task(self._follow_kernel(reconciler), name="follow the kernel")
             tasks.create_task(reconciler.run(), name="reconcile")
             tasks.create_task(self._claim.keep(), name="keep the lease")
             tasks.create_task(self._tell_ready(reconciler, own), name="tell when ready")
+            knowledge = self._knowledge
+            tasks.create_task(knowledge.follow_config(self._own), name="follow the config")
+            tasks.create_task(knowledge.keep_copy(self._own, parts.save), name="keep a copy")
+
+    def confirm(self) -> int:
+        """Let the held peers go; how many there were."""
+        gone = self._knowledge.let_go()
+        if self._reconciler is not None:
+            self._reconciler.offer(gone)
+        return len(gone.gone)
+
+    async def _first_lease(self) -> tuple[Lease, bool]:
+        """(our lease, whether it is from memory because the store does not answer)."""
+        memory = self._parts.memory
+        if memory is None or not self._is_usable(memory):
+            return await self._claim.take(), False
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                return await self._claim.take(), False
+        except TimeoutError:
+            now = self._parts.wall_clock()
+            log.warning(
+                "the store does not answer: starting with our lease %s and %d peers as they were %.0f s ago",
+                memory.own.key,
+                len(memory.peers) + len(memory.held),
+                now - memory.saved,
+            )
+            self._claim.resume(memory.own, memory.expires - now)
+            return memory.own, True
+
+    def _is_usable(self, memory: Memory) -> bool:
+        """Whether the lease is still ours: in time, for this config, and for the address that we have."""
+        own = memory.own
+        return (
+            memory.is_valid_at(self._parts.wall_clock())
+            and is_compatible(self._parts.config, own.subnet, own.subnet6)
+            and same_node(own.attrs, self._offer(own, ()))
+        )
+
+    def _own(self) -> Lease | None:
+        return self._claim.own
 
     async def _follow_store(self, reconciler: Reconciler) -> None:
         async with aclosing(self._parts.store.watch()) as updates:
             async for update in updates:
                 self._claim.notice(update)
-                reconciler.offer(update)
+                own = self._claim.own
+                if own is not None:
+                    reconciler.offer(self._knowledge.take_in(update, own))
+                if isinstance(update, Snapshot) and update.new_history:
+                    asyncio.get_running_loop().call_later(TTL_SECONDS, self._forget_held, update.revision)
 
     async def _follow_kernel(self, reconciler: Reconciler) -> None:
         async with aclosing(self._parts.host.changes()) as changes:
@@ -270,6 +346,14 @@ class Node:
         ours = frozenset(parts.backend.devices)
         for warning in overlap_warnings(parts.config, addresses, parts.host.routed(), ours, own.subnets()):
             log.warning("%s", warning)
+
+    def _forget_held(self, began: int) -> None:
+        """Who has not written its record within a TTL is gone."""
+        if self._knowledge.history_began == began:
+            self.confirm()
+
+    def _config_applied(self, config: NetworkConfig) -> None:
+        self._claim.use(config)
 
     # --- outcomes ----------------------------------------------------------------------------------------
 

@@ -88,6 +88,8 @@ class Reconciler:
         health: Health,
         random: Random,
         learn: Callable[[Facts], Facts],
+        *,
+        from_memory: bool = False,
     ) -> None:
         self._kernel = kernel
         self._backend = backend
@@ -97,6 +99,8 @@ class Reconciler:
         self._health = health
         self._random = random
         self._learn = learn
+        self._from_memory = from_memory
+        """The peers of an earlier life stand in for the store's, until it answers."""
         self._peers = Peers(config, own, self._needs, facts.protected)
         self._observed = State()
         self._inbox: asyncio.Queue[tuple[LeaseUpdate | list[Notice] | None, float]] = asyncio.Queue()
@@ -208,6 +212,8 @@ class Reconciler:
         elif len(touched) and self.first_pass_done.is_set():
             own = self._backend.own(self._own, self._facts)
             ops = plan_part([own, self._peers.state], self._observed, touched)
+            if not self._peers.synced:
+                ops = _wanted_now(ops)
             cause = drifted[0] if drifted else "leases changed"
             await self._apply(ops, cause, since=work.since, drift=bool(drifted))
         self._name_troubles()
@@ -267,6 +273,7 @@ class Reconciler:
             self._refused = set()
         if self._peers.synced:
             self._scope = self._scope._replace(takeover=())
+        if self._peers.synced or self._from_memory:
             self.first_pass_done.set()
         now = loop.time()
         self._not_before = now + _BREATH * (now - began)

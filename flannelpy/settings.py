@@ -46,6 +46,7 @@ class Settings(NamedTuple):
     public_ip: Address | None
     public_ipv6: Address | None
     subnet_file: str
+    state_dir: str
     subnet_lease_renew_margin: int
     """Minutes."""
     ip_masq: bool

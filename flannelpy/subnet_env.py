@@ -1,11 +1,9 @@
 """subnet.env: what Docker and CNI read, and what we read back at the next start."""
 
-import contextlib
-import os
 import re
-import stat
 from pathlib import Path
 
+from flannelpy.files import read_regular, replace
 from flannelpy.model.address import FAMILY_NAMES, Prefix, parse_prefix
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease
@@ -62,24 +60,7 @@ def write(path: str | Path, text: str) -> None:
     if target.exists() and not target.is_file():
         target.write_text(text, encoding="utf-8")
         return
-    if not target.parent.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.parent.chmod(0o755)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
-        # Exclusive: never through a link that somebody else put there.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fchmod(descriptor, 0o644)
-            os.fsync(descriptor)
-        temporary.rename(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    replace(target, text, 0o644)
 
 
 # --- reading ---
@@ -144,17 +125,7 @@ def _unquoted(value: str, number: int) -> str:
 
 def content(path: str | Path) -> str:
     """The text of a regular file of at most 64 KiB; OSError, or ValueError when it is something else."""
-    # Not blocking: somebody's pipe at this path must not stop the start.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("not a regular file")
-        with open(descriptor, "rb", closefd=False) as file:
-            data = file.read(LARGEST + 1)
-    finally:
-        os.close(descriptor)
-    if len(data) > LARGEST:
-        raise ValueError(f"larger than {LARGEST} bytes")
+    data = read_regular(path, LARGEST)
     for number, line in enumerate(data.split(b"\n"), 1):
         try:
             text = line.decode()

@@ -58,6 +58,10 @@ class EtcdProcess:
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
 
+    def flag(self, name: str) -> str:
+        """The value of a flag on etcd's command line."""
+        return next(word.partition("=")[2] for word in self._command if word.startswith(f"{name}="))
+
     @property
     def pid(self) -> int:
         """Of the running process."""

@@ -249,7 +249,8 @@ class Lab:
         node.daemon = self.start(
             node.name,
             node.netns,
-            [*(command or (sys.executable, "-m", "flannelpy")), f"--etcd-endpoints={self.etcd_url}",
+            ["env", f"FLANNELD_STATE_DIR={node.folder / 'state'}",
+             *(command or (sys.executable, "-m", "flannelpy")), f"--etcd-endpoints={self.etcd_url}",
              f"--subnet-file={node.subnet_file}", "--iptables-forward-rules=false", *flags],
         )  # fmt: skip
         return node.daemon

@@ -23,6 +23,16 @@ class LeaseAttrs(NamedTuple):
     """The same for IPv6."""
 
 
+def same_node(one: LeaseAttrs, other: LeaseAttrs) -> bool:
+    """A node is its IPv4 address, or its IPv6 address where one of the two records has no IPv4.
+
+    All IPv6-only nodes have the same IPv4 address on the wire (0.0.0.0): it says nothing.
+    """
+    if one.public_ip is not None and other.public_ip is not None:
+        return one.public_ip == other.public_ip
+    return one.public_ipv6 is not None and one.public_ipv6 == other.public_ipv6
+
+
 class Lease(NamedTuple):
     """One record under `<prefix>/subnets/`, or a Kubernetes node."""
 
@@ -53,6 +63,9 @@ class Snapshot(NamedTuple):
     unreadable: tuple[tuple[str, str], ...] = ()
     """(key, reason) of each record that could not be read: named, counted, and no reason to remove a peer
     whose earlier record was good."""
+    new_history: bool = False
+    """The store's history is not the one seen before (a restored backup, an emptied or another cluster):
+    what is absent was not deleted by anybody."""
 
 
 class Delta(NamedTuple):

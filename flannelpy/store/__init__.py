@@ -1,7 +1,7 @@
 """Where leases live: the protocol that etcd, Kubernetes and the memory store share."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
 
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
@@ -18,6 +18,26 @@ over, and must not be another node's. `offer(None, ())` tells our public IPs.
 """
 
 
+class Head(NamedTuple):
+    """How far into which history of a store we have seen."""
+
+    cluster: int
+    term: int
+    revision: int
+
+    def contradicts(self, seen: "Head") -> bool:
+        """Whether this looks like another history: a restored backup, another cluster; or a member lags."""
+        return self.cluster != seen.cluster or self.revision < seen.revision or self.term < seen.term
+
+
+class Running(NamedTuple):
+    """What a running node goes on with although the store may have no record of it."""
+
+    own: Lease
+    held: tuple[Lease, ...] = ()
+    """Peers of a history of the store that ended: their subnets are not free."""
+
+
 class Store(Protocol):
     """A datastore of one network.
 
@@ -32,10 +52,20 @@ class Store(Protocol):
         """The text of the network config: now, then whenever it changes; None while there is none."""
         ...
 
-    async def acquire(self, config: NetworkConfig, offer: Offer, previous: Previous) -> Lease:
+    head: Head | None
+    """How far into which history the watch has seen."""
+
+    def remember(self, head: Head, keys: Collection[str]) -> None:
+        """What an earlier life of this node had seen, for the first Snapshot to be compared with."""
+        ...
+
+    async def acquire(
+        self, config: NetworkConfig, offer: Offer, previous: Previous, running: Running | None = None
+    ) -> Lease:
         """Claim a subnet: the one we hold already (by public IP), else the previous one, else a free one.
 
-        Raises StoreError(transient=False) when the pool has no free subnet.
+        A node that runs keeps its own subnet if nobody else has it. Raises StoreError(transient=False) when
+        the pool has no free subnet.
         """
         ...
 
@@ -51,6 +81,17 @@ class Store(Protocol):
 
         Never ends and never raises for an outage: it reconnects for ever. An empty Delta is a sign of life.
         """
+        ...
+
+    async def sign(self, own: Lease, identity: str) -> None:
+        """Leave a note beside our record that says which machine wrote it; lasts as long as the record.
+
+        A courtesy: where the store does not allow it nothing happens. Raises nothing.
+        """
+        ...
+
+    async def signature(self, key: str) -> str | None:
+        """The note beside a record; None if there is none, or if it cannot be read. Raises nothing."""
         ...
 
     async def close(self) -> None:

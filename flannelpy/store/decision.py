@@ -6,11 +6,15 @@ from typing import NamedTuple, TypeAlias
 
 from flannelpy.model.address import Prefix
 from flannelpy.model.config import NetworkConfig
-from flannelpy.model.lease import Lease, LeaseAttrs
+from flannelpy.model.lease import Lease, LeaseAttrs, same_node
 from flannelpy.model.subnet import PoolFull, Previous, choose, format_key, is_compatible
+from flannelpy.store import Running
 from flannelpy.store.etcd_codec import Listing
 
 Pair: TypeAlias = tuple[Prefix | None, Prefix | None]
+
+_MANY = 10
+"""From so many records on it is a mishap rather than a coincidence when most are gone."""
 
 
 class TakeOver(NamedTuple):
@@ -44,26 +48,42 @@ def decide(
     previous: Previous,
     refused: Collection[Pair],
     random: Random,
+    running: Running | None = None,
 ) -> TakeOver | Create | MakeRoom:
     """`ours` needs only the public IPs. `refused` are subnets that could not be claimed. Raises PoolFull."""
     mine = own_leases(listing, ours)
     fitting = [lease for lease in mine if is_compatible(config, lease.subnet, lease.subnet6)]
+    wanted = _pair(running.own) if running else (previous.subnet, previous.subnet6)
+    for lease in fitting:
+        if _pair(lease) == wanted:
+            return TakeOver(lease)
+    taken = [*listing.taken, *refused]
+    # A restored backup may hold an older lease of ours: packets flow by the one that we have now.
+    if running and is_compatible(config, *wanted) and not any(overlap(wanted, pair) for pair in taken):
+        return Create(*wanted)
     if fitting:
-        wanted = (previous.subnet, previous.subnet6)
-        return TakeOver(
-            next((lease for lease in fitting if (lease.subnet, lease.subnet6) == wanted), fitting[0])
-        )
+        return TakeOver(fitting[0])
+    held = [_pair(lease) for lease in running.held] if running else []
     try:
-        return Create(*choose(config, (*listing.taken, *refused), previous, random))
+        return Create(*choose(config, (*taken, *held), previous, random))
     except PoolFull:
         if not mine:
             raise
         return MakeRoom(tuple(mine))
 
 
+def overlap(one: Pair, other: Pair) -> bool:
+    """Whether the two have an address in common."""
+    return any(a is not None and b is not None and a.overlaps(b) for a, b in zip(one, other, strict=True))
+
+
+def _pair(lease: Lease) -> Pair:
+    return lease.subnet, lease.subnet6
+
+
 def own_leases(listing: Listing, ours: LeaseAttrs) -> list[Lease]:
     """The leases with our public IP, in the order of their keys."""
-    return [lease for lease in listing.leases.values() if is_same_node(lease.attrs, ours)]
+    return [lease for lease in listing.leases.values() if same_node(lease.attrs, ours)]
 
 
 def stale_leases(config: NetworkConfig, listing: Listing, ours: LeaseAttrs) -> list[Lease]:
@@ -73,14 +93,12 @@ def stale_leases(config: NetworkConfig, listing: Listing, ours: LeaseAttrs) -> l
     ]
 
 
-def is_same_node(theirs: LeaseAttrs, ours: LeaseAttrs) -> bool:
-    """A node is its IPv4 address, or its IPv6 address where one of the two records has no IPv4.
-
-    All IPv6-only nodes have the same IPv4 address on the wire (0.0.0.0): it says nothing.
-    """
-    if ours.public_ip is not None and theirs.public_ip is not None:
-        return ours.public_ip == theirs.public_ip
-    return ours.public_ipv6 is not None and ours.public_ipv6 == theirs.public_ipv6
+def lacks_most(known: Collection[str], listing: Listing) -> bool:
+    """Whether a listing comes without most of many records whose deletion nobody told: look twice."""
+    if len(known) < _MANY:
+        return False
+    gone = sum(key not in listing.leases and key not in listing.unreadable for key in known)
+    return gone * 2 > len(known)
 
 
 def has_rival(listing: Listing, own: Lease) -> bool:

@@ -5,23 +5,28 @@ key absent, a takeover and a renewal want the record as we saw it. A key without
 reservation that an operator made; it stays one.
 """
 
+import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import aclosing, suppress
 from functools import partial
 from random import Random, SystemRandom
 
 from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
-from flannelpy.model.lease import Delta, Lease, LeaseUpdate
+from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot
 from flannelpy.model.subnet import Previous, encode_attrs
-from flannelpy.store import TTL_SECONDS, Offer
+from flannelpy.store import TTL_SECONDS, Head, Offer, Running
 from flannelpy.store import etcd_pb2 as pb
+from flannelpy.store.decision import lacks_most
 from flannelpy.store.etcd_acquire import Acquisition
 from flannelpy.store.etcd_client import EtcdClient, OutcomeUnknownError
 from flannelpy.store.etcd_codec import changes_of, read_changes
-from flannelpy.store.etcd_records import EtcdRecords, Head, State, head_of, quietly
+from flannelpy.store.etcd_records import EtcdRecords, State, head_of, quietly
 from flannelpy.store.etcd_retry import Retry
+
+_SECOND_LOOK_SECONDS = 1.0
+"""Before a listing without most of the peers is believed it is read again."""
 
 
 class EtcdStore:
@@ -47,6 +52,10 @@ class EtcdStore:
         self._config_key = f"{prefix}/config".encode()
         self._records = EtcdRecords(client, prefix, ttl)
         self._handed: State | None = None
+        self._watching = False
+        self.head: Head | None = None
+        self._keys: set[str] = set()
+        """The records that the watch has told about, to see what a new listing lacks."""
         self._doubtful: set[int] = set()
         self.config_place = f"{prefix}/config in etcd ({client.place})"
 
@@ -90,12 +99,32 @@ class EtcdStore:
                 for event in response.events[-1:]:
                     yield None if event.type == pb.Event.DELETE else _text(event.kv.value)
 
-    async def acquire(self, config: NetworkConfig, offer: Offer, previous: Previous) -> Lease:
-        """Claim a subnet; see Store. The next `watch` begins with the listing that was made for it."""
-        acquisition = Acquisition(self._records, config, offer, previous, self._random)
-        own, self._handed = await acquisition.run()
+    def remember(self, head: Head, keys: Collection[str]) -> None:
+        """See Store."""
+        self.head, self._keys = head, set(keys)
+
+    async def acquire(
+        self, config: NetworkConfig, offer: Offer, previous: Previous, running: Running | None = None
+    ) -> Lease:
+        """Claim a subnet; see Store. A `watch` that follows begins with the listing that was made for it."""
+        seen = self.head if self._watching else None
+        acquisition = Acquisition(self._records, config, offer, previous, self._random, running, seen)
+        own, state = await acquisition.run()
+        if not self._watching:
+            self._handed = state
         self._doubtful.clear()
         return own
+
+    async def sign(self, own: Lease, identity: str) -> None:
+        """See Store."""
+        with suppress(StoreError):
+            await self._records.sign(own, identity)
+
+    async def signature(self, key: str) -> str | None:
+        """See Store."""
+        with suppress(StoreError):
+            return await self._records.signature(key)
+        return None
 
     async def renew(self, own: Lease) -> Lease | None:
         """Write `own` again, on a new etcd lease, if the record is still as we wrote it; None if it is not.
@@ -147,28 +176,29 @@ class EtcdStore:
         """All leases; see Store. Begins with the listing of the last `acquire`, if no other watch took it."""
         retry = Retry(self._random, partial(self._report, "leases"))
         state, self._handed = self._handed, None
-        head: Head | None = None
+        self._watching = True
+        listed = False
         while True:
             try:
-                if head is None:
+                if not listed:
                     state = state or await self._records.read_all()
-                    head = state.head
-                    yield state.listing.snapshot()
-                    state = None
-                async with aclosing(self._follow(head, retry)) as updates:
-                    async for update, head in updates:  # noqa: B007
+                    yield self._told(await self._confirmed(state))
+                    listed, state = True, None
+                async with aclosing(self._follow(retry)) as updates:
+                    async for update in updates:
                         yield update
             except StoreError as error:
                 await retry.failed(str(error))
 
-    async def _follow(self, head: Head, retry: Retry) -> AsyncGenerator[tuple[LeaseUpdate, Head], None]:
-        """Each update with the point that is reached then; ends with a Snapshot if deltas were lost."""
+    async def _follow(self, retry: Retry) -> AsyncGenerator[LeaseUpdate, None]:
+        """Each update from the head on; ends with a Snapshot if deltas were lost."""
+        head = self.head
+        assert head is not None  # noqa: S101  # there was a listing
         watch = self._client.watch(self._records.first, self._records.end, head.revision + 1)
         async with aclosing(watch) as responses:
             async for response in responses:
                 if response.compact_revision:
-                    state = await self._records.read_all()
-                    yield state.listing.snapshot(), state.head
+                    yield self._told(await self._confirmed(await self._records.read_all()))
                     return
                 if response.created:
                     retry.succeeded()
@@ -176,13 +206,31 @@ class EtcdStore:
                     if head_of(response.header).contradicts(head):
                         state = await self._records.read_all()
                         if state.head.contradicts(head):
-                            yield state.listing.snapshot(), state.head
+                            yield self._told(state)
                             return
-                    yield Delta((), (), head.revision), head
+                    yield Delta((), (), head.revision)
                     continue
-                head = _advanced(head, response)
+                head = self.head = _advanced(head, response)
                 changes = changes_of(response.events, len(self._records.first))
-                yield read_changes(changes, head.revision), head
+                update = read_changes(changes, head.revision)
+                self._keys.update(lease.key for lease in update.put)
+                self._keys.difference_update(update.gone)
+                yield update
+
+    async def _confirmed(self, state: State) -> State:
+        """A listing, read again if it lacks so much that a mistake is likely."""
+        is_same_history = self.head is not None and not state.head.contradicts(self.head)
+        if is_same_history and lacks_most(self._keys, state.listing):
+            await asyncio.sleep(_SECOND_LOOK_SECONDS)
+            return await self._records.read_all()
+        return state
+
+    def _told(self, state: State) -> Snapshot:
+        """The listing for the world; from here on it is what we have seen."""
+        new_history = self.head is not None and state.head.contradicts(self.head)
+        self.head = state.head
+        self._keys = {*state.listing.leases, *state.listing.unreadable}
+        return state.listing.snapshot()._replace(new_history=new_history)
 
     def _report(self, watch: str, reason: str | None) -> None:
         before = next(iter(self._troubles.values()), None)

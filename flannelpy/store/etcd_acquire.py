@@ -9,9 +9,9 @@ from random import Random
 
 from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
-from flannelpy.model.lease import Lease, LeaseAttrs
+from flannelpy.model.lease import Lease, LeaseAttrs, same_node
 from flannelpy.model.subnet import PoolFull, Previous
-from flannelpy.store import Offer
+from flannelpy.store import Head, Offer, Running
 from flannelpy.store.decision import (
     Create,
     MakeRoom,
@@ -19,7 +19,6 @@ from flannelpy.store.decision import (
     TakeOver,
     decide,
     has_rival,
-    is_same_node,
     own_leases,
     stale_leases,
 )
@@ -38,7 +37,14 @@ class Acquisition:
     """One `acquire` under way."""
 
     def __init__(
-        self, records: EtcdRecords, config: NetworkConfig, offer: Offer, previous: Previous, random: Random
+        self,
+        records: EtcdRecords,
+        config: NetworkConfig,
+        offer: Offer,
+        previous: Previous,
+        random: Random,
+        running: Running | None,
+        seen: Head | None,
     ) -> None:
         self._records = records
         self._config = config
@@ -46,6 +52,9 @@ class Acquisition:
         self._ours: LeaseAttrs = offer(None, ())
         self._previous = previous
         self._random = random
+        self._running = running
+        self._seen = seen
+        """A watch has seen so much: nothing is written into a history that it has not told about."""
         self._grant = 0
         self._refused: list[Pair] = []
 
@@ -70,6 +79,8 @@ class Acquisition:
     async def _claim(self) -> tuple[Lease, Lease | None, State]:
         """(our lease, the lease that it replaces, all leases)."""
         state = await self._records.read_all()
+        if self._seen is not None and state.head.contradicts(self._seen):
+            raise StoreError("etcd's history is another one: the peers are compared first", transient=True)
         unknown = 0
         while True:
             decision = self._decide(state)
@@ -102,7 +113,13 @@ class Acquisition:
     def _decide(self, state: State) -> TakeOver | Create | MakeRoom:
         try:
             return decide(
-                self._config, state.listing, self._ours, self._previous, self._refused, self._random
+                self._config,
+                state.listing,
+                self._ours,
+                self._previous,
+                self._refused,
+                self._random,
+                self._running,
             )
         except PoolFull as full:
             raise StoreError(str(full)) from None
@@ -116,7 +133,7 @@ class Acquisition:
     async def _wanted(self, decision: TakeOver | Create, state: State) -> Lease:
         """The record to write: a reservation without an etcd lease, else on the one grant for all tries."""
         others = tuple(
-            lease for lease in state.listing.leases.values() if not is_same_node(lease.attrs, self._ours)
+            lease for lease in state.listing.leases.values() if not same_node(lease.attrs, self._ours)
         )
         if isinstance(decision, TakeOver):
             old = decision.lease

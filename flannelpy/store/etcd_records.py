@@ -7,23 +7,12 @@ from typing import NamedTuple
 from flannelpy.errors import StoreError
 from flannelpy.model.lease import Lease
 from flannelpy.model.subnet import encode_attrs
+from flannelpy.store import Head
 from flannelpy.store import etcd_pb2 as pb
 from flannelpy.store.etcd_client import EtcdClient
-from flannelpy.store.etcd_codec import Listing, read_listing, record_of, subnets_range
+from flannelpy.store.etcd_codec import MAX_VALUE, Listing, read_listing, record_of, subnets_range
 
 _log = logging.getLogger(__name__)
-
-
-class Head(NamedTuple):
-    """How far into which history of etcd we have seen."""
-
-    cluster: int
-    term: int
-    revision: int
-
-    def contradicts(self, seen: "Head") -> bool:
-        """Whether this looks like another history: a restored backup, another cluster; or a member lags."""
-        return self.cluster != seen.cluster or self.revision < seen.revision or self.term < seen.term
 
 
 class State(NamedTuple):
@@ -40,6 +29,8 @@ class EtcdRecords:
         self.client = client
         self.ttl = ttl
         self.first, self.end = subnets_range(prefix)
+        self._signatures = f"{prefix}/flannelpy/nodes/".encode()
+        """Beside `subnets/`, never in it: flannel takes every key there for a lease."""
 
     def key(self, name: str) -> bytes:
         """The etcd key of the record with this name."""
@@ -98,7 +89,19 @@ class EtcdRecords:
             await quietly(self.client.revoke(lease_id))
 
     async def _is_bare(self, lease_id: int) -> bool:
-        return not await self.client.keys_on(lease_id)
+        return all(key.startswith(self._signatures) for key in await self.client.keys_on(lease_id))
+
+    async def sign(self, lease: Lease, identity: str) -> None:
+        """Write who wrote a record, on the record's etcd lease."""
+        put = pb.PutRequest(
+            key=self._signatures + lease.key.encode(), value=identity.encode(), lease=lease.etcd_lease_id
+        )
+        await self.client.txn([self.unchanged(lease)], [pb.RequestOp(request_put=put)])
+
+    async def signature(self, key: str) -> str | None:
+        """Who wrote a record, as they say; None if they do not."""
+        reply = await self.client.range(self._signatures + key.encode())
+        return reply.kvs[0].value[:MAX_VALUE].decode("utf-8", "replace") if reply.kvs else None
 
 
 def head_of(header: pb.ResponseHeader) -> Head:

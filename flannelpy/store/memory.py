@@ -5,23 +5,24 @@ simulation steps time and calls `expire`.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from functools import lru_cache
 from random import Random
 from typing import NamedTuple
 
 from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
-from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
+from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate, same_node
 from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
-from flannelpy.store import Offer
+from flannelpy.store import Head, Offer, Running
 from flannelpy.store.decision import (
     Create,
     MakeRoom,
     Pair,
     TakeOver,
     decide,
-    is_same_node,
+    lacks_most,
+    overlap,
     own_leases,
     stale_leases,
 )
@@ -43,7 +44,9 @@ class MemoryData:
     def __init__(self, config: str | None = None) -> None:
         self.config = config
         self.records: dict[str, Record] = {}
+        self.cluster = 1
         self.revision = 1
+        self.signatures: dict[str, str] = {}
         self.compacted = 0
         """Changes up to this revision cannot be watched any more."""
         self._changes: list[_Change] = []
@@ -92,6 +95,26 @@ class MemoryData:
         self._changes.clear()
         self.compacted = self.revision
 
+    @property
+    def head(self) -> Head:
+        """Which history this is, and how far it has come."""
+        return Head(self.cluster, 0, self.revision)
+
+    def backup(self) -> "MemoryData":
+        """A copy of the records as they are."""
+        copy = MemoryData(self.config)
+        copy.records, copy.revision = dict(self.records), self.revision
+        return copy
+
+    def restore(self, backup: "MemoryData") -> None:
+        """Another history: what the backup holds, and nobody's watch goes on."""
+        self.cluster += 1
+        self.config, self.records = backup.config, dict(backup.records)
+        self.revision = self.compacted = backup.revision + 1
+        self._changes.clear()
+        self.signatures.clear()
+        self.wake()
+
     def since(self, revision: int) -> Iterator[tuple[bool, Record]]:
         """(deleted, record) of each change after a revision."""
         # Watchers are nearly always near the end.
@@ -137,6 +160,9 @@ class MemoryStore:
         self._random = random or Random(0)  # noqa: S311
         self._on_trouble = on_trouble
         self._handed: Listing | None = None
+        self._watching = False
+        self.head: Head | None = None
+        self._keys: set[str] = set()
 
     def connect(self, *, connected: bool) -> None:
         """Cut this node off from the store, or heal it: watches then go on where they were."""
@@ -164,15 +190,34 @@ class MemoryStore:
         finally:
             self.data.forget(watcher)
 
-    async def acquire(self, config: NetworkConfig, offer: Offer, previous: Previous) -> Lease:
+    def remember(self, head: Head, keys: Collection[str]) -> None:
+        """See Store."""
+        self.head, self._keys = head, set(keys)
+
+    async def sign(self, own: Lease, identity: str) -> None:
+        """See Store."""
+        if self.connected:
+            self.data.signatures[own.key] = identity
+
+    async def signature(self, key: str) -> str | None:
+        """See Store."""
+        return self.data.signatures.get(key) if self.connected else None
+
+    async def acquire(
+        self, config: NetworkConfig, offer: Offer, previous: Previous, running: Running | None = None
+    ) -> Lease:
         """See Store. Between reading and writing other nodes have a turn, as with etcd."""
         ours = offer(None, ())
         refused: list[Pair] = []
         while True:
             self._check()
+            if self._watching and self.head is not None and self.data.head.contradicts(self.head):
+                raise StoreError(
+                    "the store's history is another one: the peers are compared first", transient=True
+                )
             listing = self.data.listing()
             try:
-                decision = decide(config, listing, ours, previous, refused, self._random)
+                decision = decide(config, listing, ours, previous, refused, self._random, running)
             except PoolFull as full:
                 raise StoreError(str(full)) from None
             await asyncio.sleep(0)
@@ -188,20 +233,21 @@ class MemoryStore:
                 refused.append((decision.subnet, decision.subnet6))
         for lease in stale_leases(config, listing, ours):
             self.data.delete(lease.key)
-        self._handed = self.data.listing()
+        if not self._watching:
+            self._handed = self.data.listing()
         return own
 
     def _write(
         self, decision: TakeOver | Create, listing: Listing, ours: LeaseAttrs, offer: Offer
     ) -> Lease | None:
         """The record as written; None if the comparison failed."""
-        others = tuple(lease for lease in listing.leases.values() if not is_same_node(lease.attrs, ours))
+        others = tuple(lease for lease in listing.leases.values() if not same_node(lease.attrs, ours))
         if isinstance(decision, TakeOver):
             old = decision.lease
             grant = self.data.grant() if old.etcd_lease_id else 0
             return self._replace(old, old._replace(attrs=offer(old, others), etcd_lease_id=grant))
         taken = self.data.listing().taken
-        if any(_share(decision, pair) for pair in taken):
+        if any(overlap((decision.subnet, decision.subnet6), pair) for pair in taken):
             return None
         mine = own_leases(listing, ours)
         attrs = offer(mine[0] if mine else None, others)
@@ -225,33 +271,38 @@ class MemoryStore:
     async def watch(self) -> AsyncGenerator[LeaseUpdate, None]:
         """See Store. All changes since the last look come as one Delta."""
         listing, self._handed = self._handed, None
-        seen = -1
+        self._watching = True
+        listed = False
         watcher = self.data.watcher()
         try:
             while True:
                 watcher.clear()
-                if not self.connected or seen == self.data.revision:
+                now, head = self.data.head, self.head
+                new_history = head is not None and now.contradicts(head)
+                if not self.connected or (listed and now == head):
                     await watcher.wait()
-                elif seen < self.data.compacted:
-                    listing = listing or self.data.listing()
-                    seen = listing.revision
-                    yield listing.snapshot()
+                elif not listed or head is None or new_history or head.revision < self.data.compacted:
+                    if not new_history and lacks_most(self._keys, listing or self._list()):
+                        listing = None  # a second look
+                    listing = listing or self._list()
+                    self.head = now._replace(revision=listing.revision)
+                    self._keys = {*listing.leases, *listing.unreadable}
+                    listed = True
+                    yield listing.snapshot()._replace(new_history=new_history)
                     listing = None
                 else:
-                    changes = self.data.since(seen)
-                    seen = self.data.revision
-                    yield read_changes(changes, seen, _read)
+                    self.head = now
+                    update = read_changes(self.data.since(head.revision), now.revision, _read)
+                    self._keys.update(lease.key for lease in update.put)
+                    self._keys.difference_update(update.gone)
+                    yield update
         finally:
             self.data.forget(watcher)
+
+    def _list(self) -> Listing:
+        """All records, as this node is shown them."""
+        return self.data.listing()
 
     def _check(self) -> None:
         if not self.connected:
             raise StoreError("the store in memory is switched off", transient=True)
-
-
-def _share(decision: Create, pair: Pair) -> bool:
-    """Whether the two have an address in common."""
-    return any(
-        mine is not None and theirs is not None and mine.overlaps(theirs)
-        for mine, theirs in zip(decision, pair, strict=True)
-    )

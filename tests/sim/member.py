@@ -13,13 +13,15 @@ from flannelpy.health import Health
 from flannelpy.kernel.fake import FakeKernel
 from flannelpy.model.address import Address, Prefix, parse_prefix
 from flannelpy.model.config import NetworkConfig
+from flannelpy.model.identity import Identity
 from flannelpy.model.kernel import State
 from flannelpy.model.lease import Lease, LeaseUpdate
 from flannelpy.model.plan import Op
 from flannelpy.model.subnet import Previous
 from flannelpy.model.uplink import Interface, InterfaceAddress, Wish
 from flannelpy.node import Node, Parts
-from flannelpy.store import Offer
+from flannelpy.state_file import Memory, Origin
+from flannelpy.store import Offer, Running
 from flannelpy.store.memory import MemoryData, MemoryStore
 from flannelpy.subnet_env import variables
 
@@ -35,6 +37,7 @@ class Cluster(Protocol):
     """What a member needs of the world."""
 
     config: NetworkConfig
+    config_text: str
 
     @property
     def data(self) -> MemoryData: ...
@@ -80,9 +83,11 @@ class SimStore(MemoryStore):
             world.fault_until(0.0, robbed=self.member)  # it will find its record changed, by itself
             raise
 
-    async def acquire(self, config: NetworkConfig, offer: Offer, previous: Previous) -> Lease:
+    async def acquire(
+        self, config: NetworkConfig, offer: Offer, previous: Previous, running: Running | None = None
+    ) -> Lease:
         await self._trip()
-        own = await super().acquire(config, offer, previous)
+        own = await super().acquire(config, offer, previous, running)
         self.member.world.taken[self.member] = asyncio.get_running_loop().time() + 0.1
         await self._answer(own)
         return own
@@ -116,6 +121,9 @@ class Member:
         self.kernel.refuse = self._refuse
         self.kernel.after_each = self._stepped
         self.env = ""
+        self.memory: Memory | None = None
+        """Its state file."""
+        self.starts = 0
         self.store: SimStore | None = None
         self.task: asyncio.Task[None] | None = None
         self.health = Health()
@@ -176,22 +184,33 @@ class Member:
         self.store = SimStore(self)
         self.store.connect(connected=self.connected)
         self.health = Health()
+        self.starts += 1
         return Parts(
             store=self.store,
             host=self.kernel,
             config=world.config,
+            config_text=world.config_text,
             backend=load(world.config),
             wish=Wish(),
             host_id=str(self),
             store_hosts=(),
             previous=_previous(self.env),
             margin_minutes=60,
+            us=Identity(str(self), "boot", f"process {self.starts}", self.number),
+            origin=Origin("/network", ("memory",)),
+            memory=self.memory,
+            save=self._remember,
             write_subnet_env=self._write_env,
             ip_masq=False,
             on_ready=lambda text: world.note(f"{self} ready: {text}"),
             health=self.health,
             random=Random(world.random.random()),
+            wall_clock=asyncio.get_running_loop().time,
         )
+
+    def _remember(self, memory: Memory) -> None:
+        self._still_alive()
+        self.memory = memory
 
     def _write_env(self, text: str) -> None:
         self._still_alive()

@@ -93,9 +93,11 @@ class World:
         self.calm_at = 0.0
         self.shape, text = self.random.choice(_SHAPES)
         last = min(250, nodes * 2 + 12)
-        self.config = parse_config(f"{{{text.replace('LAST', str(last))}}}")
+        self.config_text = f"{{{text.replace('LAST', str(last))}}}"
+        self.config = parse_config(self.config_text)
         self.loop = SimulatedLoop()
         self.data = Records(self)
+        self.data.config = self.config_text
         self.faults = Faults(self)
         self._nodes, self._rounds, self._faults = nodes, rounds, faults
         self._hosts = 0

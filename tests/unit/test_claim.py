@@ -1,21 +1,26 @@
 """Holding a claim: echoes of our own writes, losses, other histories, a store that refuses for good."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from random import Random
 
 import pytest
 
 from flannelpy import claim as module
-from flannelpy.claim import Claim
+from flannelpy.claim import Claim, Telling
 from flannelpy.errors import StoreError
+from flannelpy.health import Health
+from flannelpy.model import identity
 from flannelpy.model.config import NetworkConfig
+from flannelpy.model.identity import Identity
 from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot
 from flannelpy.model.subnet import Previous
-from flannelpy.store import Offer
+from flannelpy.store import Head, Offer, Running
 from tests.builders import config, lease
 
 OWN = lease("10.5.1.0/24", "192.0.2.1", mac="02:00:00:00:00:01")
+
+US = Identity("here", "b" * 36, "ours", 1000)
 
 
 class ScriptedStore:
@@ -30,8 +35,26 @@ class ScriptedStore:
         self.announce: Callable[[LeaseUpdate], None] = lambda _update: None
         self.ours = True
         self.errors: list[StoreError] = []
+        self.head: Head | None = None
+        self.configs: list[str | None] = []
+        self.signed: dict[str, str] = {}
+        self.written: list[Lease] = []
+        self.running: Running | None = None
+        self.health = Health()
 
-    async def acquire(self, config: NetworkConfig, offer: Offer, previous: Previous) -> Lease:
+    def remember(self, head: Head, keys: Collection[str]) -> None:
+        raise NotImplementedError
+
+    async def sign(self, own: Lease, identity: str) -> None:
+        self.signed[own.key] = identity
+
+    async def signature(self, key: str) -> str | None:
+        return self.signed.get(key)
+
+    async def acquire(
+        self, config: NetworkConfig, offer: Offer, previous: Previous, running: Running | None = None
+    ) -> Lease:
+        self.running = running
         if self.errors:
             raise self.errors.pop()
         self.acquired += 1
@@ -52,8 +75,11 @@ class ScriptedStore:
         self.announce(Delta((written,), (), self.revision))
         return written
 
-    def watch_config(self) -> AsyncGenerator[str | None, None]:
-        raise NotImplementedError
+    async def watch_config(self) -> AsyncGenerator[str | None, None]:
+        while True:
+            while self.configs:
+                yield self.configs.pop(0)
+            await asyncio.sleep(0.01)
 
     def watch(self) -> AsyncGenerator[LeaseUpdate, None]:
         raise NotImplementedError
@@ -62,12 +88,19 @@ class ScriptedStore:
         raise NotImplementedError
 
 
+def claim_on(store: ScriptedStore, moved: list[Lease]) -> Claim:
+    telling = Telling(moved.append, store.written.append)
+    return Claim(
+        store, config(), lambda _r, _o: OWN.attrs, Previous(), 60, Random(1), store.health, US, telling
+    )
+
+
 def run(test: Callable[[Claim, ScriptedStore, list[Lease]], Awaitable[None]]) -> None:
     """Run a test with a claim that was taken and is being kept."""
 
     async def main() -> None:
         store, moved = ScriptedStore(), list[Lease]()
-        claim = Claim(store, config(), lambda _r, _o: OWN.attrs, Previous(), 60, Random(1), moved.append)
+        claim = claim_on(store, moved)
         store.announce = claim.notice
         await claim.take()
         keeper = asyncio.create_task(claim.keep())
@@ -150,7 +183,7 @@ def test_a_start_ends_with_what_waiting_cannot_cure() -> None:
     async def main() -> None:
         store = ScriptedStore()
         store.errors = [StoreError("wrong password")]
-        claim = Claim(store, config(), lambda _r, _o: OWN.attrs, Previous(), 60, Random(1), lambda _own: None)
+        claim = claim_on(store, [])
         with pytest.raises(StoreError, match="wrong password"):
             await claim.take()
 
@@ -168,3 +201,80 @@ def test_changed_attributes_are_written_and_repeated_for_flannels_sake() -> None
         assert len(moved) == 1
 
     run(test)
+
+
+THEIRS = OWN._replace(etcd_lease_id=9, attrs=lease("10.5.1.0/24", "192.0.2.1", mac="02:00:00:00:00:02").attrs)
+
+
+@pytest.mark.parametrize(
+    ("since", "gives_way"), [(500, True), (2000, False), (None, False)], ids=["older", "younger", "unknown"]
+)
+def test_another_machine_with_our_public_ip_is_named_and_not_fought(
+    since: int | None, gives_way: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_SIGN_SECONDS", 0.0)
+
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        await until(lambda: OWN.key in store.signed)
+        assert identity.parse(store.signed[OWN.key]) == US
+        for revision in (50, 60):  # it comes back: the second time we wait before we take it back again
+            store.ours = False
+            if since is not None:
+                store.signed[OWN.key] = identity.render(Identity("twin", "c" * 36, "theirs", since))
+            store.revision = revision
+            claim.notice(Delta((THEIRS._replace(revision=revision),), (), revision))
+            await asyncio.sleep(0.1)
+        assert store.acquired == (1 if gives_way else 2)
+        conflict = store.health.conflict or ""
+        assert "192.0.2.1" in conflict
+        assert "host here" in conflict
+        assert ("host twin" if since else "unknown") in conflict
+        assert "02:00:00:00:00:02" in conflict
+        if gives_way:  # until it is gone
+            claim.notice(Delta((), (OWN.key,), 70))
+            await until(lambda: store.acquired == 2)
+            assert store.health.conflict is None
+
+    run(test)
+    assert sum("another machine has our public IP" in text for text in caplog.messages) == 1
+
+
+def test_a_record_without_an_etcd_lease_is_an_operators(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        store.ours = False
+        claim.notice(Delta((THEIRS._replace(revision=50, etcd_lease_id=0),), (), 50))
+        await until(lambda: store.acquired == 2)
+
+    run(test)
+    assert "another machine" not in caplog.text
+
+
+def test_a_new_history_is_written_to_only_with_our_config(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        store.ours = False
+        store.configs = [None, "{", '{"Network":"10.9.0.0/16"}']
+        claim.notice(Snapshot((), 3, new_history=True))
+        await until(lambda: not store.configs)
+        await asyncio.sleep(0.05)
+        assert store.acquired == 1
+        store.configs = ['{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"},"SubnetMin":"10.5.9.0"}']
+        await until(lambda: store.acquired == 2)
+        assert store.running is not None
+        assert store.running.own.key == OWN.key
+
+    run(test)
+    assert caplog.text.count("not written into the store's new history yet") == 3
+
+
+def test_a_lease_from_memory_is_written_as_soon_as_the_store_answers() -> None:
+    async def main() -> None:
+        store, moved = ScriptedStore(), list[Lease]()
+        claim = claim_on(store, moved)
+        claim.resume(OWN._replace(revision=5), 100.0)
+        assert (store.acquired, claim.own) == (0, OWN._replace(revision=5))
+        keeper = asyncio.create_task(claim.keep())
+        await until(lambda: store.renewed == 1 and len(store.written) == 1)
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+
+    asyncio.run(main())

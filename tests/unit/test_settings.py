@@ -26,6 +26,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "public-ip": ("192.0.2.1", parse_address("192.0.2.1")),
     "public-ipv6": ("2001:db8::1", parse_address("2001:db8::1")),
     "subnet-file": ("s.env", "s.env"),
+    "state-dir": ("/s", "/s"),
     "subnet-lease-renew-margin": ("0x10", 16),
     "ip-masq": ("false", False),
     "ip-masq-fully-random-disable": ("T", True),

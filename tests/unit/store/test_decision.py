@@ -6,9 +6,9 @@ import pytest
 
 from flannelpy.model.address import parse_v4, parse_v6
 from flannelpy.model.config import parse_config
-from flannelpy.model.lease import LeaseAttrs
+from flannelpy.model.lease import LeaseAttrs, same_node
 from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
-from flannelpy.store.decision import Create, MakeRoom, TakeOver, decide, has_rival, is_same_node
+from flannelpy.store.decision import Create, MakeRoom, TakeOver, decide, has_rival
 from flannelpy.store.etcd_codec import Listing, Record, read_listing
 
 SMALL = parse_config('{"Network":"10.5.0.0/22","SubnetMin":"10.5.1.0","SubnetMax":"10.5.2.0"}')
@@ -46,7 +46,7 @@ def listing(**records: LeaseAttrs) -> Listing:
     ],
 )
 def test_a_node_is_its_public_ip(theirs: LeaseAttrs, ours: LeaseAttrs, *, same: bool) -> None:
-    assert is_same_node(theirs, ours) is same
+    assert same_node(theirs, ours) is same
 
 
 def test_decisions() -> None:

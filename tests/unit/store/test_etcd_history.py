@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from flannelpy.store import Head
 from flannelpy.store import etcd_pb2 as pb
 from flannelpy.store.etcd import _advanced, clean_prefix
 from flannelpy.store.etcd_reason import bounded, call_reason, connect_reason
-from flannelpy.store.etcd_records import Head
 from flannelpy.store.etcd_retry import Retry
 
 

@@ -1,0 +1,53 @@
+"""Which machine a record is from: told beside it, so that two machines with one address can be named.
+
+A cloned machine has the original's public IP, host name, even its VTEP MAC; what it tells the store may be
+byte for byte the same. Its process is another one.
+"""
+
+import json
+from typing import NamedTuple
+
+from flannelpy.model.config import decode_json
+
+_LONGEST = 80
+
+
+class Identity(NamedTuple):
+    """One daemon on one machine."""
+
+    host: str
+    """The host's name."""
+    boot: str
+    """Another one after each boot of the machine."""
+    process: str
+    """Another one for each start of the daemon."""
+    since: int
+    """When the machine booted, seconds since 1970: of two that quarrel the one that was here first stays."""
+
+    def __str__(self) -> str:
+        return f"host {self.host or '(no name)'} (boot {self.boot[:8]})"
+
+    def outranks(self, other: "Identity") -> bool:
+        """Whether we stay and the other gives way."""
+        return (self.since, self.boot, self.process) < (other.since, other.boot, other.process)
+
+
+def render(identity: Identity) -> str:
+    """One line of JSON."""
+    return json.dumps(identity._asdict(), separators=(",", ":"))
+
+
+def parse(text: str) -> Identity | None:
+    """The reverse; None for anything else: it is foreign data, and only a courtesy."""
+    try:
+        values = decode_json(text)
+    except ValueError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    texts = [values.get(key) for key in ("host", "boot", "process")]
+    since = values.get("since")
+    if type(since) is not int or not all(type(one) is str and one.isprintable() for one in texts):
+        return None
+    host, boot, process = (str(one)[:_LONGEST] for one in texts)
+    return Identity(host, boot, process, since)

@@ -1,0 +1,103 @@
+"""Peers are held when the store begins a new history, and each way in which a hold ends."""
+
+from flannelpy.model.lease import Delta, Lease, Snapshot
+from flannelpy.model.leases import Leases
+from tests.builders import lease
+
+OWN = lease("10.5.1.0/24", "192.0.2.1", created=100)
+
+
+def peer(number: int, *, public_ip: int = 0, revision: int = 50) -> Lease:
+    return lease(f"10.5.{number}.0/24", f"192.0.2.{public_ip or number}", created=revision)
+
+
+PEERS = tuple(peer(number) for number in range(2, 7))
+
+
+def restored(*found: Lease) -> tuple[Leases, set[str]]:
+    """What is known after a store with OWN and PEERS comes back with these records; the keys."""
+    leases = Leases()
+    leases.after(Snapshot((OWN, *PEERS), 100), OWN)
+    told = leases.after(Snapshot(found, 10, new_history=True), OWN)
+    assert isinstance(told, Snapshot)
+    assert {one.key for one in told.leases} == set(leases.known)
+    return leases, set(leases.known)
+
+
+def test_a_listing_of_the_same_history_is_the_truth() -> None:
+    leases = Leases()
+    leases.after(Snapshot((OWN, *PEERS), 100), OWN)
+    leases.after(Snapshot((OWN,), 200), OWN)
+    assert set(leases.known) == {OWN.key}
+    assert leases.held == {}
+
+
+def test_who_is_absent_from_a_new_history_is_held_but_not_ourselves() -> None:
+    leases, known = restored(PEERS[0]._replace(revision=5))
+    assert known == {one.key for one in PEERS}
+    assert set(leases.held) == {one.key for one in PEERS[1:]}
+
+
+def test_an_older_record_of_a_backup_does_not_count_until_it_is_written_again() -> None:
+    older = peer(3, public_ip=77, revision=5)
+    leases, known = restored(older)
+    assert leases.known[older.key].attrs == PEERS[1].attrs
+    assert older.key in known
+    # The same stale record in another listing of that history changes nothing; a new one does.
+    leases.after(Snapshot((older,), 11), OWN)
+    assert leases.known[older.key].attrs == PEERS[1].attrs
+    leases.after(Snapshot((older._replace(revision=12),), 12), OWN)
+    assert leases.known[older.key].attrs == older.attrs
+    assert older.key not in leases.held
+
+
+def test_each_comes_back_by_itself() -> None:
+    leases, _known = restored()
+    for number, one in enumerate(PEERS, 11):
+        told = leases.after(Delta((one._replace(revision=number),), (), number), OWN)
+        assert told.gone == ()  # type: ignore[union-attr]
+    assert leases.held == {}
+    assert set(leases.known) == {one.key for one in PEERS}
+
+
+def test_a_held_peer_gives_way_to_who_lives() -> None:
+    leases, _known = restored()
+    moved = peer(60, public_ip=2, revision=11)
+    told = leases.after(Delta((moved,), (), 11), OWN)
+    assert isinstance(told, Delta)
+    assert told.gone == (PEERS[0].key,), "the same node with another subnet"
+    part = lease("10.5.3.128/25", "192.0.2.99", created=12)
+    told = leases.after(Delta((part,), (), 12), OWN)
+    assert isinstance(told, Delta)
+    assert told.gone == (PEERS[1].key,), "another node with a part of its subnet"
+    assert set(leases.held) == {one.key for one in PEERS[2:]}
+    assert {moved.key, part.key} <= set(leases.known)
+
+
+def test_what_came_and_went_between_two_looks_is_gone() -> None:
+    leases, _known = restored()
+    told = leases.after(Delta((), (PEERS[0].key,), 13), OWN)
+    assert PEERS[0].key not in leases.known
+    assert told.gone == (PEERS[0].key,)  # type: ignore[union-attr]
+
+
+def test_an_operator_lets_them_go() -> None:
+    leases, _known = restored(PEERS[0]._replace(revision=5))
+    gone = leases.let_go()
+    assert set(gone.gone) == {one.key for one in PEERS[1:]}
+    assert set(leases.known) == {PEERS[0].key}
+    assert leases.let_go().gone == ()
+
+
+def test_a_second_new_history_during_a_hold_holds_all() -> None:
+    leases, _known = restored()
+    leases.after(Delta((PEERS[0]._replace(revision=11),), (), 11), OWN)
+    leases.after(Snapshot((), 3, new_history=True), OWN)
+    assert set(leases.held) == {one.key for one in PEERS}
+
+
+def test_an_unreadable_record_keeps_what_was_known() -> None:
+    leases = Leases()
+    leases.after(Snapshot((OWN, *PEERS), 100), OWN)
+    leases.after(Snapshot((OWN,), 101, ((PEERS[0].key, "not JSON"),)), OWN)
+    assert set(leases.known) == {OWN.key, PEERS[0].key}
