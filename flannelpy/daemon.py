@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from flannelpy import __version__, control, state_file, subnet_env
 from flannelpy.backend import Backend, load
-from flannelpy.errors import FlannelpyError, KernelError
+from flannelpy.errors import FlannelpyError
 from flannelpy.health import Health
 from flannelpy.kernel import instance
 from flannelpy.kernel.linux import LinuxKernel, require_privileges
@@ -108,7 +108,12 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         store = await stack.enter_async_context(_store(settings, health, notify))
         origin = Origin(settings.etcd_prefix, tuple(settings.etcd_endpoints))
         memory = _remembered(settings, origin)
-        config_text, config, backend = await _learn_network(store, notify, memory)
+        learned = await _learn_network(store, notify, memory)
+        silent = learned is None
+        if learned is None:
+            assert memory is not None  # noqa: S101  # else it waits for ever
+            learned = memory.config_text, memory.config, load(memory.config)
+        config_text, config, backend = learned
         if memory is not None and compare(memory.config, config).pending:
             memory = None  # the network is another one
         host = LinuxKernel()
@@ -151,6 +156,7 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             us=_identity(),
             origin=origin,
             memory=memory,
+            store_is_silent=silent,
             save=partial(_save, settings),
             write_subnet_env=partial(_write_subnet_env, settings.subnet_file),
             ip_masq=settings.ip_masq,
@@ -252,36 +258,40 @@ async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIte
 
 async def _learn_network(
     store: Store, notify: Notify, memory: Memory | None
-) -> tuple[str, NetworkConfig, Backend]:
+) -> tuple[str, NetworkConfig, Backend] | None:
     """(text, config, backend): wait until there is one that can be served; say once what is wrong.
 
-    A store that does not answer at all is waited for only as long as there is no memory that will do.
+    None if there is a memory that will do, and the store does not answer.
     """
     said = ""
     usable = memory is not None and memory.is_valid_at(time.time())
-    patience = asyncio.timeout(PATIENCE_SECONDS if usable else None)
-    try:
-        async with patience, aclosing(store.watch_config()) as texts:
+    with suppress(TimeoutError):
+        async with (
+            asyncio.timeout(PATIENCE_SECONDS if usable else None) as patience,
+            aclosing(store.watch_config()) as texts,
+        ):
             async for text in texts:
                 patience.reschedule(None)  # it answers
-                if text is None:
-                    problem = (
-                        f"no network config yet: put one at {store.config_place}, such as {EXAMPLE_CONFIG}"
-                    )
-                else:
-                    try:
-                        config = parse_config(text)
-                        return text, config, load(config)
-                    except (ConfigError, LookupError) as error:
-                        problem = f"the network config at {store.config_place} cannot be used: {error}"
-                if problem != said:
+                problem = _why_not(text, store.config_place)
+                if problem is None and text is not None:
+                    config = parse_config(text)
+                    return text, config, load(config)
+                if problem is not None and problem != said:
                     said = problem
                     log.warning("waiting: %s", problem)
                     notify.status(f"waiting: {problem}")
-    except TimeoutError:
-        if memory is not None:
-            return memory.config_text, memory.config, load(memory.config)
-    raise KernelError("the store gave up watching the network config")  # pragma: no cover
+    return None
+
+
+def _why_not(text: str | None, place: str) -> str | None:
+    """What keeps us from serving a network config."""
+    if text is None:
+        return f"no network config yet: put one at {place}, such as {EXAMPLE_CONFIG}"
+    try:
+        load(parse_config(text))
+    except (ConfigError, LookupError) as error:
+        return f"the network config at {place} cannot be used: {error}"
+    return None
 
 
 def _remembered(settings: Settings, origin: Origin) -> Memory | None:
@@ -312,7 +322,7 @@ def _identity() -> Identity:
     with suppress(OSError, ValueError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         since = int(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
-    return Identity(socket.gethostname(), boot, os.urandom(8).hex(), since)
+    return Identity(socket.gethostname(), boot, os.urandom(8).hex(), since, int(time.time() * 1000))
 
 
 def _literal_hosts(endpoints: Sequence[str]) -> tuple[Address, ...]:

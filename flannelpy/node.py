@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from random import Random
 from typing import NamedTuple, Protocol
 
@@ -91,6 +91,8 @@ class Parts(NamedTuple):
     origin: Origin
     memory: Memory | None
     """What an earlier life of this node has saved about this network."""
+    store_is_silent: bool
+    """The config is from memory already."""
     save: Callable[[Memory], None]
     write_subnet_env: Callable[[str], None]
     ip_masq: bool
@@ -127,7 +129,7 @@ class Node:
             parts.margin_minutes,
             parts.random,
             parts.health,
-            parts.us,
+            parts.us._replace(uplink=_shown(self._facts.uplink)),
             Telling(self._moved, self._knowledge.written),
             self._knowledge.held,
         )
@@ -178,19 +180,18 @@ class Node:
         memory = self._parts.memory
         if memory is None or not self._is_usable(memory):
             return await self._claim.take(), False
-        try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0 if self._parts.store_is_silent else PATIENCE_SECONDS):
                 return await self._claim.take(), False
-        except TimeoutError:
-            now = self._parts.wall_clock()
-            log.warning(
-                "the store does not answer: starting with our lease %s and %d peers as they were %.0f s ago",
-                memory.own.key,
-                len(memory.peers) + len(memory.held),
-                now - memory.saved,
-            )
-            self._claim.resume(memory.own, memory.expires - now)
-            return memory.own, True
+        now = self._parts.wall_clock()
+        log.warning(
+            "the store does not answer: starting with our lease %s and %d peers as they were %.0f s ago",
+            memory.own.key,
+            len(memory.peers) + len(memory.held),
+            now - memory.saved,
+        )
+        self._claim.resume(memory.own, memory.expires - now)
+        return memory.own, True
 
     def _is_usable(self, memory: Memory) -> bool:
         """Whether the lease is still ours: in time, for this config, and for the address that we have."""
@@ -372,3 +373,8 @@ class Node:
             log.warning("subnet.env changes: restart Docker, or the pods, on this node to use it")
         parts.write_subnet_env(text)
         self._env = text
+
+
+def _shown(uplink: Uplink) -> str:
+    addresses = filter(None, (uplink.address, uplink.address6))
+    return " ".join([uplink.name, *map(format_address, addresses)])

@@ -1,5 +1,7 @@
 """A network config that changed under a running daemon: what applies at once, what waits for a restart."""
 
+import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flannelpy.model.address import format_address
@@ -56,4 +58,6 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return format_address(value) if isinstance(value, bytes) else str(value)[:120]
+    if isinstance(value, Mapping):
+        return json.dumps(value, separators=(",", ":"))[:120]
+    return format_address(value) if isinstance(value, bytes) else str(value)

@@ -23,13 +23,18 @@ class Identity(NamedTuple):
     """Another one for each start of the daemon."""
     since: int
     """When the machine booted, seconds since 1970: of two that quarrel the one that was here first stays."""
+    started: int
+    """When the daemon started, milliseconds since 1970: two containers share the machine's boot."""
+    uplink: str = ""
+    """The uplink and its address."""
 
     def __str__(self) -> str:
-        return f"host {self.host or '(no name)'} (boot {self.boot[:8]})"
+        return f"host {self.host or '(no name)'}, uplink {self.uplink or 'unknown'} (boot {self.boot[:8]})"
 
     def outranks(self, other: "Identity") -> bool:
         """Whether we stay and the other gives way."""
-        return (self.since, self.boot, self.process) < (other.since, other.boot, other.process)
+        ours, theirs = ((one.since, one.boot, one.started, one.process) for one in (self, other))
+        return ours < theirs
 
 
 def render(identity: Identity) -> str:
@@ -45,9 +50,11 @@ def parse(text: str) -> Identity | None:
         return None
     if not isinstance(values, dict):
         return None
-    texts = [values.get(key) for key in ("host", "boot", "process")]
-    since = values.get("since")
-    if type(since) is not int or not all(type(one) is str and one.isprintable() for one in texts):
+    texts = [values.get(key) for key in ("host", "boot", "process", "uplink")]
+    since, started = values.get("since"), values.get("started")
+    if type(since) is not int or type(started) is not int:
         return None
-    host, boot, process = (str(one)[:_LONGEST] for one in texts)
-    return Identity(host, boot, process, since)
+    if not all(type(one) is str and one.isprintable() for one in texts):
+        return None
+    host, boot, process, uplink = (str(one)[:_LONGEST] for one in texts)
+    return Identity(host, boot, process, since, started, uplink)

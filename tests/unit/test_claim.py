@@ -20,7 +20,7 @@ from tests.builders import config, lease
 
 OWN = lease("10.5.1.0/24", "192.0.2.1", mac="02:00:00:00:00:01")
 
-US = Identity("here", "b" * 36, "ours", 1000)
+US = Identity("here", "b" * 36, "ours", 1000, 1)
 
 
 class ScriptedStore:
@@ -220,7 +220,7 @@ def test_another_machine_with_our_public_ip_is_named_and_not_fought(
         for revision in (50, 60):  # it comes back: the second time we wait before we take it back again
             store.ours = False
             if since is not None:
-                store.signed[OWN.key] = identity.render(Identity("twin", "c" * 36, "theirs", since))
+                store.signed[OWN.key] = identity.render(Identity("twin", "c" * 36, "theirs", since, 1))
             store.revision = revision
             claim.notice(Delta((THEIRS._replace(revision=revision),), (), revision))
             await asyncio.sleep(0.1)

@@ -15,7 +15,7 @@ BASE = '"Network":"10.5.0.0/16"'
         (BASE + ',"SubnetMin":"10.5.8.0"', ("SubnetMin from 10.5.1.0 to 10.5.8.0",), ()),
         (BASE + ',"EnableNFTables":true', ("EnableNFTables from false to true",), ()),
         (BASE + ',"Backend":{"Type":"vxlan"}', (), ("Backend.Type from udp to vxlan",)),
-        (BASE + ',"Backend":{"Type":"udp"}', (), ("Backend from {} to {'Type': 'udp'}",)),
+        (BASE + ',"Backend":{"Type":"udp"}', (), ('Backend from {} to {"Type":"udp"}',)),
         (
             '"Network":"10.5.0.0/15"',
             ("SubnetMin from 10.5.1.0 to 10.4.1.0",),
