@@ -16,6 +16,9 @@ Address: TypeAlias = bytes
 Mac: TypeAlias = bytes
 """6 bytes."""
 
+Span: TypeAlias = tuple[int, int, int]
+"""A block as (bits of its family, first address, last address)."""
+
 FAMILY_NAMES = {4: "IPv4", 16: "IPv6"}
 
 
@@ -40,6 +43,14 @@ class Prefix(NamedTuple):
     def last(self) -> int:
         """The last address of the block as an integer."""
         return int.from_bytes(self.address) | ((1 << (len(self.address) * 8 - self.length)) - 1)
+
+    @property
+    def span(self) -> Span:
+        """All three of the above, computed once."""
+        address, length = self
+        bits = len(address) * 8
+        number, rest = int.from_bytes(address), (1 << (bits - length)) - 1
+        return bits, number & ~rest, number | rest
 
     def network(self) -> "Prefix":
         """The same block without host bits."""

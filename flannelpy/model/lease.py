@@ -5,7 +5,7 @@
 
 from typing import Any, NamedTuple, TypeAlias
 
-from flannelpy.model.address import Address, Prefix
+from flannelpy.model.address import Address, Prefix, Span
 
 
 class LeaseAttrs(NamedTuple):
@@ -53,6 +53,10 @@ class Lease(NamedTuple):
     def subnets(self) -> tuple[Prefix, ...]:
         """The subnets of the families that it has, IPv4 first."""
         return tuple(subnet for subnet in (self.subnet, self.subnet6) if subnet is not None)
+
+    def spans(self) -> list[Span]:
+        """The same as ranges of addresses."""
+        return [subnet.span for subnet in (self.subnet, self.subnet6) if subnet is not None]
 
 
 class Snapshot(NamedTuple):

@@ -6,22 +6,32 @@ else is refused with a reason; a refused lease never disturbs a good one.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, pairwise
 from typing import NamedTuple
 
-from flannelpy.model.address import Address, Prefix, format_address, is_unicast
+from flannelpy.model.address import Address, Prefix, Span, format_address, is_unicast
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.kernel import Item, State
 from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot
-
-Span = tuple[int, int, int]
-"""A subnet as (bits of its family, first address, last address)."""
 
 Protected = tuple[str, Prefix]
 """What no peer's subnet may overlap, with words for it."""
 
 Needs = Callable[[Lease], tuple[tuple[Item, ...], str | None]]
 """A lease -> (its objects, why not all of them): a backend's `peer` with the facts bound."""
+
+
+class Judged(NamedTuple):
+    """A lease by itself, whatever other leases say."""
+
+    lease: Lease
+    spans: list[Span]
+    """Its subnets."""
+    items: tuple[Item, ...]
+    """What it needs; nothing if it cannot be programmed."""
+    reason: str | None
+    """Why not (all of it)."""
 
 
 class Change(NamedTuple):
@@ -52,9 +62,7 @@ class Peers:
         self._needs = needs
         self._protected = _protected(protected)
         self._networks = {
-            network.bits: (network.first, network.last)
-            for network in (config.network, config.network6)
-            if network is not None
+            network.bits: network.span[1:] for network in (config.network, config.network6) if network
         }
         self._items: dict[str, tuple[Item, ...]] = {}
         self._shared: dict[Item, int] = {}
@@ -103,7 +111,8 @@ class Peers:
                 touched.add(self._take_out(key))
             for lease in put:
                 touched.add(self._take_out(lease.key))
-                touched.add(self._take_in(lease))
+                if not self._is_own(lease):
+                    touched.add(self._place(self._judge(lease)))
             full = self._clashes > clashes
         if full:
             self._rebuild()
@@ -122,30 +131,52 @@ class Peers:
     def _rebuild(self) -> None:
         """Judge all leases, the earlier created first."""
         self.refused.clear()
-        self.state = State()
         self._items.clear()
         self._shared.clear()
-        self._taken = _Taken(self._own)
         self._clashes = 0
-        for lease in sorted(self.leases.values(), key=lambda lease: (lease.created, lease.key)):
-            self._take_in(lease)
+        judged = [self._judge(lease) for lease in self.leases.values() if not self._is_own(lease)]
+        if self._place_together(judged):
+            return
+        self.state = State()
+        self._taken = _Taken(self._own)
+        for one in sorted(judged, key=lambda one: (one.lease.created, one.lease.key)):
+            self._place(one)
 
-    def _take_in(self, lease: Lease) -> tuple[Item, ...]:
-        """Judge one lease; its objects, now part of the state."""
-        if lease.key == self._own.key or lease.attrs == self._own.attrs:
-            return ()  # ourselves
-        spans = _spans(lease)
-        items: tuple[Item, ...] = ()
+    def _is_own(self, lease: Lease) -> bool:
+        return lease.key == self._own.key or lease.attrs == self._own.attrs
+
+    def _judge(self, lease: Lease) -> Judged:
+        spans = lease.spans()
         reason = self._unusable(lease, spans)
-        if reason is None:
-            reason = self._taken.clash(lease, spans)
-            if reason is None:
-                items, reason = self._needs(lease)
-                clash = self._add(items)
-                if clash is not None:
-                    items, reason = (), clash
-                    self._clashes += 1
-            else:
+        if reason is not None:
+            return Judged(lease, spans, (), reason)
+        items, reason = self._needs(lease)
+        return Judged(lease, spans, items, reason)
+
+    def _place_together(self, judged: Sequence[Judged]) -> bool:
+        """Programme all at once if no lease is in the way of another one, and whether that is so.
+
+        The usual case at start: nobody has to come first, and nothing has to be looked up.
+        """
+        programmed = [one for one in judged if one.items]
+        state = State(chain.from_iterable(one.items for one in programmed))
+        if len(state) < sum(len(one.items) for one in programmed):
+            return False  # two of them need one object
+        taken = _Taken(self._own)
+        if not taken.add_all(programmed):
+            return False
+        self.state, self._taken = state, taken
+        self._items = {one.lease.key: one.items for one in programmed}
+        self.refused = {one.lease.key: one.reason for one in judged if one.reason is not None}
+        return True
+
+    def _place(self, judged: Judged) -> tuple[Item, ...]:
+        """Programme a lease beside those that are; its objects, now part of the state."""
+        lease, spans, items, reason = judged
+        if items:
+            clash = self._taken.clash(lease, spans) or self._add(items)
+            if clash is not None:
+                items, reason = (), clash
                 self._clashes += 1
         if items:
             self._items[lease.key] = items
@@ -227,11 +258,7 @@ class Peers:
 
 
 def _protected(blocks: Sequence[Protected]) -> list[tuple[str, int, int, int]]:
-    return [(what, block.bits, block.first, block.last) for what, block in blocks]
-
-
-def _spans(lease: Lease) -> list[Span]:
-    return [(subnet.bits, subnet.first, subnet.last) for subnet in lease.subnets()]
+    return [(what, *block.span) for what, block in blocks]
 
 
 class _Taken:
@@ -242,12 +269,24 @@ class _Taken:
         self._ranges: dict[int, list[tuple[int, int, str]]] = {32: [], 128: []}
         """Bits -> sorted (first, last, key)."""
         self._by_key: dict[str, list[Span]] = {}
-        self.add(own.key, _spans(own))
+        self.add(own.key, own.spans())
 
     def add(self, key: str, spans: list[Span]) -> None:
         self._by_key[key] = spans
         for bits, first, last in spans:
             insort(self._ranges[bits], (first, last, key))
+
+    def add_all(self, leases: Iterable[Judged]) -> bool:
+        """Take the subnets of many leases; whether they are disjoint. If not, this is of no more use."""
+        for lease, spans, _items, _reason in leases:
+            self._by_key[lease.key] = spans
+            for bits, first, last in spans:
+                self._ranges[bits].append((first, last, lease.key))
+        for ranges in self._ranges.values():
+            ranges.sort()
+            if any(last >= following for (_first, last, _key), (following, _, _) in pairwise(ranges)):
+                return False
+        return True
 
     def discard(self, key: str) -> None:
         for bits, first, _last in self._by_key.pop(key):
