@@ -25,7 +25,7 @@ from flannelpy.kernel.links import Links
 from flannelpy.kernel.linux import LinuxKernel
 from flannelpy.kernel.monitor import Monitor
 from flannelpy.kernel.netlink import NetlinkSocket
-from flannelpy.model.address import Mac, Prefix, parse_prefix, parse_v4
+from flannelpy.model.address import Address, Mac, Prefix, parse_prefix, parse_v4
 from flannelpy.model.config import parse_config
 from flannelpy.model.kernel import PROTOCOL_BOOT, Notice, Route, Scope, State
 from flannelpy.model.lease import Delta, Lease, LeaseAttrs, LeaseUpdate, Snapshot
@@ -69,7 +69,8 @@ class Host:
         if listen:
             self.kernel.subscribe()
         index = next(link.ifindex for link in self.kernel.interfaces() if link.name == UPLINK)
-        self.facts = Facts(Uplink(UPLINK, index, 1500, own_ip, None, own_ip, None), {})
+        self.on_link: set[Address] = set()
+        self.facts = Facts(Uplink(UPLINK, index, 1500, own_ip, None, own_ip, None), {}, on_link=self.on_link)
         self.lease = _lease(backend, "10.1.0.0/24", own_ip, _OWN_MAC)
         self.scope = Scope(frozenset(self.backend.devices), (parse_prefix("10.0.0.0/8"),), uplink=UPLINK)
         self.peers = Peers(config, self.lease, lambda lease: self.backend.peer(lease, self.facts))
@@ -90,7 +91,8 @@ class Host:
         if self.backend.wants_on_link:
             asked = {lease.attrs.public_ip for lease in leases if lease.attrs.public_ip}
             found = self.kernel.on_link(asked, UPLINK)
-            self.facts = self.facts._replace(on_link=(self.facts.on_link - asked) | found)
+            self.on_link -= asked - found
+            self.on_link |= found
 
     def take_in(self, update: LeaseUpdate) -> Change:
         self.ask(update.leases if isinstance(update, Snapshot) else update.put)

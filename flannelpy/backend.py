@@ -1,6 +1,7 @@
 """The backend contract: three pure methods, and how a backend is found by its name."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ class Facts(NamedTuple):
     """The devices of this backend that exist, by name."""
     protected: tuple[tuple[str, Prefix], ...] = ()
     """(words for it, block): no peer's subnet may overlap these, or the node would cut itself off."""
-    on_link: frozenset[Address] = frozenset()
+    on_link: AbstractSet[Address] = frozenset()
     """Public IPs of peers that the kernel reaches over the uplink without a gateway; only when asked for."""
     host_id: str = ""
     """Stays the same over a reboot and tells networks apart: etcd prefix and machine id."""

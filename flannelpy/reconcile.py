@@ -93,7 +93,9 @@ class Reconciler:
     ) -> None:
         self._kernel = kernel
         self._backend = backend
-        self._facts = facts
+        self._on_link: set[Address] = set()
+        """Part of the facts. Changed in place: to copy thousands would cost more than all else of an event."""
+        self._facts = facts._replace(on_link=self._on_link)
         self._own = own
         self._scope = scope._replace(uplink=facts.uplink.name)
         self._health = health
@@ -353,7 +355,8 @@ class Reconciler:
             log.debug("cannot ask which peers are on-link: %s", error)
             self._all_dirty = True
             return
-        self._facts = self._facts._replace(on_link=(self._facts.on_link - asked) | found)
+        self._on_link -= asked - found
+        self._on_link |= found
 
     def _refresh_on_link(self) -> None:
         if not self._backend.wants_on_link:
@@ -361,8 +364,9 @@ class Reconciler:
         attrs = [lease.attrs for lease in self._peers.leases.values()]
         asked = {ip for a in attrs for ip in (a.public_ip, a.public_ipv6) if ip}
         found = self._kernel.on_link(asked, self._facts.uplink.name)
-        if found != self._facts.on_link:
-            self._facts = self._facts._replace(on_link=found)
+        if found != self._on_link:
+            self._on_link.clear()
+            self._on_link |= found
             self._rebase()
 
     # --- words -------------------------------------------------------------------------------------------

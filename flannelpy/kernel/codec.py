@@ -44,7 +44,7 @@ IFLA_VXLAN_ID, IFLA_VXLAN_LINK, IFLA_VXLAN_LOCAL, IFLA_VXLAN_LEARNING = 1, 3, 4,
 IFLA_VXLAN_PORT, IFLA_VXLAN_LOCAL6, IFLA_VXLAN_GBP = 15, 17, 23
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC = 1, 4, 5, 6, 7
-RTA_CACHEINFO, RTA_TABLE, RTA_PREF, RTA_NH_ID, RTA_MULTIPATH = 12, 15, 20, 30, 9
+RTA_CACHEINFO, RTA_TABLE, RTA_VIA, RTA_PREF, RTA_NH_ID, RTA_MULTIPATH = 12, 15, 18, 20, 30, 9
 NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
 NHA_ID, NHA_OIF, NHA_GATEWAY = 1, 5, 6
 
@@ -57,10 +57,11 @@ NDMSG = struct.Struct("=BxxxiHBB")
 NHMSG = struct.Struct("=BBBxI")
 _U32 = struct.Struct("=I")
 
-# The four messages that there are thousands of, each in one piece, by the width of the address.
+# The messages that there are thousands of, each in one piece, by the width of the address.
 _NEIGHBOUR = {width: struct.Struct(f"=BxxxiHBBHH{width}sHH6sxx") for width in (4, 16)}
 _FDB = {width: struct.Struct(f"=BxxxiHBBHH6sxxHH{width}s") for width in (4, 16)}
 _ROUTE = {width: struct.Struct(f"=BBBBBBBBIHH{width}sHHIHHI") for width in (4, 16)}
+_ROUTE_GET = {width: struct.Struct(f"=BBBBBBBBIHH{width}s") for width in (4, 16)}
 _NEXTHOP = {width: struct.Struct(f"=BBBxIHHIHHIHH{width}s") for width in (4, 16)}
 
 
@@ -274,9 +275,12 @@ def route_dump(kind: int, *, index: int = 0, protocol: int = 0) -> Message:
 
 def route_get(address: Address) -> Message:
     """How the kernel would send to an address."""
-    kind = family(address)
-    body = RTMSG.pack(kind, len(address) * 8, 0, 0, 0, 0, 0, 0, 0)
-    return Message(RTM_GETROUTE, 0, body + attr(RTA_DST, address))
+    width = len(address)
+    body = _ROUTE_GET[width].pack(
+        *(family(address), width * 8, 0, 0, 0, 0, 0, 0, 0),
+        *(4 + width, RTA_DST, address),
+    )
+    return Message(RTM_GETROUTE, 0, body)
 
 
 def route_put(route: Route, nexthop: int, *, replace: bool) -> Message:

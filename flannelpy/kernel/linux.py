@@ -147,17 +147,12 @@ class LinuxKernel:
             return frozenset()
         index = self._links.index(device)
         asked = list(addresses)
-        found = []
-        for address, body in zip(asked, self._netlink.ask(list(map(codec.route_get, asked))), strict=True):
-            route = replies.read_route(body) if body is not None else None
-            if (
-                route is not None
-                and route.ifindex == index
-                and route.gateway is None
-                and route.type == codec.RTN_UNICAST  # not the broadcast address, say
-            ):
-                found.append(address)
-        return frozenset(found)
+        answers = self._netlink.ask(list(map(codec.route_get, asked)))
+        return frozenset(
+            address
+            for address, answer in zip(asked, answers, strict=True)
+            if answer is not None and replies.is_direct(answer, index)
+        )
 
     def marked_overlay_devices(self) -> frozenset[str]:
         """Devices with an overlay's name that carry routes with our protocol number."""

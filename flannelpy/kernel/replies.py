@@ -47,6 +47,8 @@ from flannelpy.kernel.codec import (
     RTA_PREFSRC,
     RTA_PRIORITY,
     RTA_TABLE,
+    RTA_VIA,
+    RTMSG,
     RTN_UNICAST,
     RTNH_F_ONLINK,
     attr,
@@ -219,6 +221,14 @@ def route_of(row: Row) -> RouteInfo | None:
         source or None,
         extra,
     )
+
+
+def is_direct(body: bytes, index: int) -> bool:
+    """Whether an answer to `codec.route_get` says: over this device, without a gateway."""
+    if len(body) < RTMSG.size or body[7] != RTN_UNICAST:  # the broadcast address, say
+        return False
+    found = attributes(body, RTMSG.size)
+    return _number(found.get(RTA_OIF)) == index and RTA_GATEWAY not in found and RTA_VIA not in found
 
 
 class NexthopInfo(NamedTuple):
