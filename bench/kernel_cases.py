@@ -30,7 +30,7 @@ from flannelpy.model.config import parse_config
 from flannelpy.model.kernel import PROTOCOL_BOOT, Notice, Route, Scope, State
 from flannelpy.model.lease import Delta, Lease, LeaseAttrs, LeaseUpdate, Snapshot
 from flannelpy.model.peers import Change, Peers
-from flannelpy.model.plan import Op, Remove, plan, plan_part
+from flannelpy.model.plan import Op, note_done, plan, plan_part, stages
 from flannelpy.model.uplink import Uplink
 
 Figures = dict[str, float]
@@ -105,14 +105,11 @@ class Host:
 
     def apply(self, ops: list[Op]) -> None:
         """Do it, and note what is done, as the reconciler does."""
-        failures = self.kernel.apply(ops)
-        if failures:
-            raise SystemExit(f"the kernel refused {len(failures)} of {len(ops)}: {failures[0]}")
-        for op in ops:
-            if isinstance(op, Remove):
-                self.observed.discard(op.item)
-            else:
-                self.observed.add((op.item,))
+        for stage in stages(ops):
+            failures = self.kernel.apply(stage)
+            if failures:
+                raise SystemExit(f"the kernel refused {len(failures)} of {len(stage)}: {failures[0]}")
+            note_done(self.observed, stage)
 
     def program(self, leases: Sequence[Lease]) -> None:
         self.take_in(Snapshot((self.lease, *leases), 1))

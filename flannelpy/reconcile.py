@@ -20,7 +20,7 @@ from flannelpy.model.config import NetworkConfig
 from flannelpy.model.kernel import Appeared, DeviceAddress, Item, Link, Notice, Scope, Shaken, State
 from flannelpy.model.lease import Lease, LeaseUpdate, Snapshot
 from flannelpy.model.peers import Peers
-from flannelpy.model.plan import Op, Remove, plan, plan_part
+from flannelpy.model.plan import Op, Refusals, Remove, note_done, plan, plan_part, stages
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Reconciler:
         self._kernel = kernel
         self._backend = backend
         self._on_link: set[Address] = set()
-        """Part of the facts. Changed in place: to copy thousands would cost more than all else of an event."""
+        """Part of the facts, changed in place: to copy thousands costs more than the rest of an event."""
         self._facts = facts._replace(on_link=self._on_link)
         self._own = own
         self._scope = scope._replace(uplink=facts.uplink.name)
@@ -281,35 +281,43 @@ class Reconciler:
         self._not_before = now + _BREATH * (now - began)
         self._resync_at = now + self._random.uniform(*_RESYNC_SECONDS)
 
+    async def _carry_out(self, ops: list[Op]) -> tuple[int, list[Failure]]:
+        """Do all that may be done; how many were done, and what was refused."""
+        refusals = Refusals()
+        failures: list[Failure] = []
+        count = 0
+        for stage in stages(ops):
+            allowed = refusals.allow(stage)
+            for start in range(0, len(allowed), _SLICE):
+                part = allowed[start : start + _SLICE]
+                refused = self._kernel.apply(part)
+                not_done = {id(failure.op) for failure in refused}
+                done = [op for op in part if id(op) not in not_done] if refused else part
+                note_done(self._observed, done)
+                count += len(done)
+                failures += refused
+                for failure in refused:
+                    refusals.add(failure.op)
+                await asyncio.sleep(0)
+        return count, failures
+
     async def _apply(self, ops: list[Op], cause: str, *, since: float, drift: bool) -> bool:
         """Do it, and whether any of it was refused."""
-        failures: list[Failure] = []
-        for start in range(0, len(ops), _SLICE):
-            part = ops[start : start + _SLICE]
-            refused = self._kernel.apply(part)
-            failures += refused
-            not_done = {id(failure.op) for failure in refused}
-            for op in part:
-                if id(op) in not_done:
-                    continue
-                if isinstance(op, Remove):
-                    self._observed.discard(op.item)
-                else:
-                    self._observed.add((op.item,))
-            await asyncio.sleep(0)
+        done, failures = await self._carry_out(ops)
         health = self._health
         metrics = health.metrics
         metrics.passes += 1
-        metrics.operations += len(ops) - len(failures)
+        metrics.operations += done
         metrics.failures += len(failures)
         health.peers = self._peers.programmed()
+        text = summary(ops, len(failures), len(ops) - done - len(failures))
         if ops and drift:
             seconds = asyncio.get_running_loop().time() - since
             metrics.note_repair(ops, seconds)
-            log.warning("repaired in %.0f ms: %s (%s)", seconds * 1000, summary(ops, failures), cause)
+            log.warning("repaired in %.0f ms: %s (%s)", seconds * 1000, text, cause)
         elif ops:
             level = logging.INFO if len(ops) > _QUIET else logging.DEBUG
-            log.log(level, "%s: %s", cause, summary(ops, failures))
+            log.log(level, "%s: %s", cause, text)
         if failures:
             self._back_off()
             self._name_failures(failures)
@@ -417,9 +425,9 @@ def _wanted_now(ops: list[Op]) -> list[Op]:
     ]
 
 
-def summary(ops: Sequence[Op], failures: Sequence[Failure] = ()) -> str:
-    """One sentence: what was done."""
-    if len(ops) == 1 and not failures:
+def summary(ops: Sequence[Op], refused: int = 0, put_off: int = 0) -> str:
+    """One sentence: what was to be done, and how much of it was not."""
+    if len(ops) == 1 and not refused:
         return str(ops[0])
     counts: dict[str, int] = {}
     for op in ops:
@@ -427,7 +435,8 @@ def summary(ops: Sequence[Op], failures: Sequence[Failure] = ()) -> str:
         word = f"{verb} {_WORDS[type(op.item).__name__]}"
         counts[word] = counts.get(word, 0) + 1
     text = ", ".join(f"{count} {word}" for word, count in counts.items())
-    return f"{text}; {len(failures)} refused" if failures else text
+    text += f"; {refused} refused" if refused else ""
+    return text + (f", {put_off} put off because of that" if put_off else "")
 
 
 _WORDS = {

@@ -51,7 +51,7 @@ class FakeKernel:
         self.missed = 0
         """How many were lost since that began."""
         self.disturbed = False
-        """Whether something was refused or done by others since everything was last observed."""
+        """Whether others did something since everything was last observed."""
         self.latency: Callable[[], float] = lambda: 0.0
         """Seconds from an announcement to its reading."""
         self.refuse: Callable[[Op], int] = lambda _op: 0
@@ -77,7 +77,6 @@ class FakeKernel:
         for op in ops:
             code = self.refuse(op) or (self._put(op.item) if isinstance(op, Put) else self._remove(op.item))
             if code:
-                self.disturbed = True
                 failures.append(Failure(op, NetlinkError(code)))
                 continue
             if isinstance(op.item, FdbEntry):  # these echoes carry no sender
@@ -220,6 +219,8 @@ class FakeKernel:
                 return errno.ENODEV
         elif isinstance(item, Route) and not self.state.links[item.device].up:
             return errno.ENETDOWN
+        elif isinstance(item, FdbEntry) and _other_family(item, self.state.links[item.device]):
+            return errno.EAFNOSUPPORT
         self.state.add([item])
         return 0
 
@@ -286,6 +287,11 @@ class FakeKernel:
 
 def _has(interface: Interface, bits: int) -> bool:
     return any(own.prefix.bits == bits for own in interface.addresses)
+
+
+def _other_family(entry: FdbEntry, link: Link) -> bool:
+    local = link.vxlan.local if link.vxlan else None
+    return local is not None and len(local) != len(entry.remote)
 
 
 def _dies_with_down(item: Item, device: str) -> bool:

@@ -7,9 +7,10 @@ there is a moment with a neighbour whose MAC leads nowhere.)
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from itertools import groupby
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from flannelpy.model.kernel import Item, Link, Neighbour, State
+from flannelpy.model.kernel import FdbEntry, Item, Link, Neighbour, Route, State
 
 K = TypeVar("K")
 I = TypeVar("I", bound=Item)  # noqa: E741
@@ -76,6 +77,73 @@ def _under(keys: State, state: State) -> State:
     """What a state has under the keys of another one."""
     found = (state.table(item).get(item.key) for item in keys.items())
     return State(item for item in found if item is not None)
+
+
+def stages(ops: Iterable[Op]) -> Iterator[list[Op]]:
+    """A plan in parts, each of one kind of operation and object: none needs another one of its part."""
+    for _kind, part in groupby(ops, lambda op: (type(op), type(op.item))):
+        yield list(part)
+
+
+Slot: TypeAlias = tuple[type[Item], Any]
+"""The place of an object: its type and key."""
+
+
+def needs(item: Item) -> Slot | None:
+    """The place of what an object cannot deliver without."""
+    if isinstance(item, Neighbour):
+        return FdbEntry, (item.device, item.mac)
+    if isinstance(item, Route) and item.gateway is not None:
+        return Neighbour, (item.device, item.gateway)
+    return None
+
+
+class Refusals:
+    """What the kernel refused of a plan so far, and what must not be done either because of that.
+
+    What needs an object that could not be put is not put, and what is needed by an object that stays is not
+    removed: a route that is present can deliver, whatever is refused.
+    """
+
+    def __init__(self) -> None:
+        self._not_put: set[Slot] = set()
+        self._needed: set[Slot | None] = set()
+        """By what should be gone or changed, and stays as it was."""
+
+    def add(self, op: Op) -> None:
+        """An operation was not done."""
+        stays = op.item if isinstance(op, Remove) else op.was
+        if stays is not None:
+            self._needed.add(needs(stays))
+        if isinstance(op, Put):
+            self._not_put.add((type(op.item), op.item.key))
+
+    def allow(self, ops: list[Op]) -> list[Op]:
+        """Those of the next stage that may be done; the others count as not done."""
+        if not self._not_put and not self._needed:
+            return ops
+        allowed = []
+        for op in ops:
+            if self._forbids(op):
+                self.add(op)
+            else:
+                allowed.append(op)
+        return allowed
+
+    def _forbids(self, op: Op) -> bool:
+        if isinstance(op, Put):
+            return needs(op.item) in self._not_put
+        return (type(op.item), op.item.key) in self._needed
+
+
+def note_done(observed: State, done: Iterable[Op]) -> None:
+    """Bring our picture of the kernel up to date with what was done."""
+    for op in done:
+        table, key = observed.table(op.item), op.item.key
+        if isinstance(op, Remove):
+            table.pop(key, None)
+        else:
+            table[key] = op.item
 
 
 def survivors(desired: State, observed: State, removed: Iterable[Link]) -> State:

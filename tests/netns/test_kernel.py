@@ -27,8 +27,8 @@ from flannelpy.model.kernel import (
     Vxlan,
     default_metric,
 )
-from flannelpy.model.plan import Put, Remove, plan
-from flannelpy.reconcile import Kernel
+from flannelpy.model.plan import Put, Refusals, Remove, plan, stages
+from flannelpy.reconcile import Failure, Kernel
 
 NETWORKS = (parse_prefix("10.5.0.0/16"), parse_prefix("fd00:5::/48"))
 SCOPE = Scope(frozenset(["flannel.1", "flannel-v6.1"]), NETWORKS)
@@ -152,6 +152,22 @@ def test_a_failure_names_its_operation_and_the_rest_is_done(kernel: Kernel) -> N
     assert failure.op is bad
     assert "10.5.9.0/24" in str(failure)
     assert {str(item) for item in peer(2)} <= {str(item) for item in kernel.observe(SCOPE).items()}
+
+
+def test_what_needs_a_refused_object_is_not_put(kernel: Kernel) -> None:
+    settle(kernel, State(own()))
+    fdb, *others = peer(2)
+    bad = fdb._replace(remote=parse_v6("2001:db8::2"))  # type: ignore[call-arg]  # not on an IPv4 device
+    refusals, failures = Refusals(), list[Failure]()
+    for stage in stages(plan(State([*own(), bad, *others, *peer(3)]), kernel.observe(SCOPE))):
+        found = kernel.apply(refusals.allow(stage))
+        failures += found
+        for failure in found:
+            refusals.add(failure.op)
+    assert [failure.op.item for failure in failures] == [bad]
+    present = kernel.observe(SCOPE)
+    assert not any(item.key in present.table(item) for item in [fdb, *others[:2]])
+    assert all(item.key in present.table(item) for item in [*others[2:], *peer(3)])
 
 
 def test_a_changed_peer(kernel: Kernel) -> None:

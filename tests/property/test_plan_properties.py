@@ -16,7 +16,7 @@ from flannelpy.model.kernel import (
     State,
     Vxlan,
 )
-from flannelpy.model.plan import Op, plan, plan_part
+from flannelpy.model.plan import Op, Refusals, plan, plan_part, stages
 
 DEVICE = "flannel.1"
 MACS = [bytes([2, 0, 0, 0, 0, n]) for n in range(6)]
@@ -129,12 +129,23 @@ def test_an_interrupted_plan_is_resumed(before: State, after: State, done: int) 
 
 
 @given(before=overlays(), after=overlays(), bad=st.sets(st.integers(0, 40)))
-def test_refused_operations_stay_in_the_difference(before: State, after: State, bad: set[int]) -> None:
+@settings(max_examples=300)
+def test_refusals_leave_no_route_that_cannot_deliver_and_stay_in_the_difference(
+    before: State, after: State, bad: set[int]
+) -> None:
+    before.add([before.links[DEVICE]._replace(mac=after.links[DEVICE].mac, vxlan=after.links[DEVICE].vxlan)])
     kernel = kernel_with(before)
     ops = plan(after, kernel.state)
     refused = {id(op) for position, op in enumerate(ops) if position in bad}
-    kernel.refuse = lambda op: 12 if id(op) in refused else 0
-    kernel.apply(ops)
+
+    def check(op: Op) -> None:
+        assert cannot_deliver(kernel.state) is None, f"after {op}"
+
+    kernel.refuse, kernel.after_each = lambda op: 12 if id(op) in refused else 0, check
+    refusals = Refusals()
+    for stage in stages(ops):
+        for failure in kernel.apply(refusals.allow(stage)):
+            refusals.add(failure.op)
     kernel.refuse = lambda _op: 0
     kernel.apply(plan(after, kernel.state))
     assert same(kernel.state, after)

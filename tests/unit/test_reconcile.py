@@ -4,10 +4,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from random import Random
 
+import pytest
+
 from flannelpy.backend import load
 from flannelpy.health import Health
 from flannelpy.kernel.fake import FakeKernel
-from flannelpy.model.kernel import Route, Scope, State
+from flannelpy.model.kernel import FdbEntry, Neighbour, Route, Scope, State
 from flannelpy.model.lease import Delta, Snapshot
 from flannelpy.model.plan import Op, Put
 from flannelpy.reconcile import Reconciler, Work
@@ -96,6 +98,28 @@ def test_a_refused_route_gets_its_turn_however_much_comes_in() -> None:
         busy = asyncio.create_task(renewals())
         await until(lambda: routes(kernel) == 1)
         busy.cancel()
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", [FdbEntry, Neighbour, Route])
+def test_what_needs_a_refused_object_waits_with_it_and_what_is_needed_stays(kind: type) -> None:
+    async def test(node: Reconciler, kernel: SulkyKernel) -> None:
+        node.offer(Snapshot((OWN, PEER), 10))
+        await until(node.first_pass_done.is_set)
+        before = State(kernel.state.items())
+        kernel.refuse = lambda op: 12 if isinstance(op.item, kind) else 0
+        moved = lease("10.5.3.0/24", "192.0.2.3", mac="02:00:00:00:00:03")
+        node.offer(Delta((moved,), (PEER.key,), 11))
+        await until(lambda: node._health.metrics.failures > 0)
+        new = [item for item in kernel.state.items() if item not in set(before.items())]
+        assert {type(item) for item in new} < {FdbEntry, Neighbour, Route}
+        assert not any(isinstance(item, Route) for item in new), "it would lead nowhere"
+        lost = [item for item in before.items() if item not in set(kernel.state.items())]
+        assert {type(item) for item in lost} <= {Route, Neighbour} - {kind}
+        kernel.refuse = lambda _op: 0
+        await until(lambda: [str(one.destination) for one in kernel.state.routes.values()] == ["10.5.3.0/24"])
+        await until(lambda: len(kernel.state) == len(before))
 
     run(test)
 
