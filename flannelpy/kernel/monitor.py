@@ -192,6 +192,9 @@ def _link(view: View, body: bytes) -> Notice | None:
     ):
         if before != after:
             return Shaken(f"the {word} of {what} changed")
+    # Over before it was read: its plain routes died all the same, and nobody is told.
+    if (known.up and not info.up) or (known.running and not info.running):
+        return Shaken(f"{what} was down for a moment")
     return None
 
 
