@@ -214,7 +214,7 @@ def _command_line(
             text = argv[position]
             position += 1
         given.setdefault(name, []).append(_read(flag, text, COMMAND_LINE))
-    words = _words_after_flags(argv[position:])
+    words = _words_after_flags(argv[position:], position + 1, table)
     if given.pop("version", [False])[-1]:
         return ShowVersion()
     return given, dict.fromkeys(given, COMMAND_LINE), words
@@ -233,13 +233,19 @@ def _split(word: str) -> tuple[str, str, str]:
     return name, equals, text
 
 
-def _words_after_flags(rest: Sequence[str]) -> tuple[str, ...]:
-    """The words without a meaning; SettingsError if there are flags among them."""
+def _words_after_flags(rest: Sequence[str], position: int, known: Iterable[str]) -> tuple[str, ...]:
+    """The words without a meaning; SettingsError if there are flags among them.
+
+    `position` is that of the first one, counted from 1. The words are not shown: after
+    `--etcd-password= secret` the stray one is the secret, and so may be what begins with a dash.
+    """
     hidden = next((word for word in rest[1:] if word.startswith("-") and word != "-"), None)
     if hidden is not None:
+        name = hidden.lstrip("-").partition("=")[0]
+        what = f"--{name}" if name in known else "a flag"
         raise SettingsError(
-            f"{_show(hidden.partition('=')[0])} stands after the word {_show(rest[0])}, where flags are not "
-            "read any more: remove that word, or join it to its flag with = "
+            f"{what} stands after word {position} of the command line, which is no flag, and behind such a "
+            "word flags are not read any more: remove that word, or join it to its flag with = "
             "(a boolean takes a value only so: --ip-masq=false)"
         )
     return tuple(rest[1:] if rest and rest[0] == "--" else rest)

@@ -250,8 +250,8 @@ def test_a_bad_value_names_its_origin_and_the_rule(name: str, text: str, rule: s
         (["--=1"], ["is not a flag"]),
         (["--subnet-file="], ["--subnet-file=", "not empty"]),
         (["--etcd-prefix="], ["--etcd-prefix=", "/coreos.com/network"]),
-        (["--ip-masq", "false", "--v=1"], ['"--v"', '"false"', "--ip-masq=false"]),
-        (["--", "--v=1"], ['"--v"', '"--"']),
+        (["--ip-masq", "false", "--v=1"], ["--v stands after word 2", "--ip-masq=false"]),
+        (["--", "--v=1"], ["--v stands after word 1"]),
         (["--etcd-keyfile=k"], ["--etcd-keyfile", "--etcd-certfile", "FLANNELD_ETCD_CERTFILE"]),
         (["--etcd-certfile=k"], ["--etcd-keyfile", "--etcd-certfile"]),
         (["--etcd-username=u"], ["--etcd-username", "--etcd-password"]),
@@ -312,6 +312,24 @@ def test_secrets_are_never_shown() -> None:
     assert "hunter2" not in error("---etcd-password=hunter2")
     assert "hunter2" not in error("--etcd-passwort=hunter2")
     assert "hunter2" not in error("--v=1", "x", "--etcd-password=hunter2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "what", "position"),
+    [
+        (["--etcd-password=", "hunter2", "--v=1"], "--v", 2),
+        (["--v=1", "--etcd-username", "u", "--etcd-password=", "hunter2", "--v=2"], "--v", 5),
+        (["--etcd-password=", "x", "-hunter2"], "a flag", 2),
+        (["--", "hunter2", "--iface=eth1"], "--iface", 1),
+    ],
+)
+def test_a_word_that_hides_flags_is_told_by_its_position_only(
+    argv: list[str], what: str, position: int
+) -> None:
+    line = error(*argv)
+    assert line.startswith(f"{what} stands after word {position} of the command line")
+    assert "join it to its flag with =" in line
+    assert "hunter2" not in line
 
 
 def test_describe_is_one_line_of_what_differs() -> None:
