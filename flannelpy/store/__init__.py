@@ -1,11 +1,16 @@
 """Where leases live: the protocol that etcd, Kubernetes and the memory store share."""
 
+import os
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
 from flannelpy.model.subnet import Previous
+
+# gRPC's own lines on stderr (a rejected certificate, say) repeat in its words what our errors say. Here,
+# because it looks when it is imported, and this is imported before every module that does.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 TTL_SECONDS = 86_400
 """How long a claim lasts without renewal, flannel's; after that the subnet is free for others."""

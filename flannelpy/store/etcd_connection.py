@@ -8,7 +8,6 @@ accepts connections and stays silent cannot win. A member that fails a call is l
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,9 +18,6 @@ import grpc.aio
 from flannelpy.errors import SettingsError, StoreError
 from flannelpy.store.etcd_endpoint import Endpoint, Tls, parse_endpoint, read_pem, system_roots
 from flannelpy.store.etcd_reason import connect_reason
-
-# gRPC's own lines on stderr (a rejected certificate, say) repeat in its words what our errors say.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 _OPTIONS = (
     # Below 5 s etcd answers GOAWAY "too_many_pings". A hung server is noticed after 15 s, but only with the
