@@ -1,13 +1,15 @@
 """One builder per type, with every value that a test does not care about filled in."""
 
+import json
 from typing import Any
 
 from flannelpy.backend import Facts
 from flannelpy.model.address import parse_prefix, parse_v4, parse_v6
+from flannelpy.model.census import Entry, Subnets
 from flannelpy.model.config import NetworkConfig, parse_config
 from flannelpy.model.kernel import Link
 from flannelpy.model.lease import Lease, LeaseAttrs
-from flannelpy.model.subnet import format_key
+from flannelpy.model.subnet import decode_attrs, format_key, parse_key
 from flannelpy.model.uplink import Uplink
 
 V4 = '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}'
@@ -61,3 +63,26 @@ def lease(
         data6,
     )
     return Lease(key or format_key(v4, v6), v4, v6, attrs, created, created)
+
+
+def value(ip: str = "192.0.2.9", **fields: object) -> str:
+    """The text of a vxlan lease."""
+    data = {"VNI": 1, "VtepMAC": f"02:00:00:00:00:{int(ip.rpartition('.')[2]):02x}"}
+    return json.dumps({"PublicIP": ip, "BackendType": "vxlan", "BackendData": data} | fields)
+
+
+def entry(
+    key: str, text: str = "", *, created: int = 5, lease_id: int = 1, left: int | None = 86_400
+) -> Entry:
+    """A record as the store reads it; readable or not."""
+    lease, problem = None, ""
+    subnets: Subnets = (None, None)
+    try:
+        subnets = parse_key(key)
+        attrs = decode_attrs(text or value("192.0.2." + key.split(".")[2]))
+        lease = Lease(key, *subnets, attrs, created, created, lease_id)
+    except ValueError as error:
+        problem = str(error)
+    left = left if lease_id else None
+    raw = text.encode("utf-8", "surrogateescape")
+    return Entry(key, key.encode(), raw, subnets, lease, problem, created, created, lease_id, left)

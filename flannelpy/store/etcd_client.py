@@ -102,9 +102,15 @@ class EtcdClient:
 
     # --- calls ---
 
-    async def range(self, key: bytes, range_end: bytes = b"") -> pb.RangeResponse:
-        """Read a key, or all keys in [key, range_end); linearizable."""
-        return await self._call(_RANGE, pb.RangeRequest(key=key, range_end=range_end), repeatable=True)
+    async def range(
+        self, key: bytes, range_end: bytes = b"", *, limit: int = 0, revision: int = 0
+    ) -> pb.RangeResponse:
+        """Read a key, or all keys in [key, range_end), at most `limit` if given; linearizable.
+
+        `revision` reads what was then: pages that belong together.
+        """
+        request = pb.RangeRequest(key=key, range_end=range_end, limit=limit, revision=revision)
+        return await self._call(_RANGE, request, repeatable=True)
 
     async def txn(
         self,
@@ -141,6 +147,10 @@ class EtcdClient:
         """The keys that hang on an etcd lease."""
         request = pb.LeaseTimeToLiveRequest(ID=lease_id, keys=True)
         return tuple((await self._call(_TTL, request, repeatable=True)).keys)
+
+    async def seconds_left(self, lease_id: int) -> int:
+        """How long an etcd lease still lives; -1 if it has ended."""
+        return (await self._call(_TTL, pb.LeaseTimeToLiveRequest(ID=lease_id), repeatable=True)).TTL
 
     async def watch(
         self, key: bytes, range_end: bytes = b"", start_revision: int = 0
