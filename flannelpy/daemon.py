@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager,
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flannelpy import __version__, control, state_file, subnet_env
 from flannelpy.backend import Backend, load
@@ -39,6 +39,10 @@ from flannelpy.notify import Notify
 from flannelpy.settings import Settings, describe
 from flannelpy.state_file import Memory, Origin
 from flannelpy.store import Store
+
+if TYPE_CHECKING:
+    from flannelpy.store.etcd_admin import EtcdAdmin
+    from flannelpy.store.etcd_client import EtcdClient
 
 log = logging.getLogger(__name__)
 
@@ -223,8 +227,6 @@ def _write_subnet_env(path: str, text: str) -> None:
 async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIterator[Store]:
     """The etcd store that the settings describe."""
     from flannelpy.store.etcd import EtcdStore  # the slowest import: after flags and privileges are checked
-    from flannelpy.store.etcd_client import EtcdClient
-    from flannelpy.store.etcd_endpoint import Tls
 
     def trouble(reason: str | None) -> None:
         if reason == health.store_trouble:
@@ -242,10 +244,7 @@ async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIte
             notify.status(f"{reason}; {outcome}")
         health.store_trouble = reason
 
-    tls = Tls(settings.etcd_cafile, settings.etcd_certfile, settings.etcd_keyfile)
-    credentials = (settings.etcd_username, settings.etcd_password) if settings.etcd_username else None
-    client = EtcdClient(settings.etcd_endpoints, tls, credentials)
-    store = EtcdStore(client, settings.etcd_prefix, on_trouble=trouble)
+    store = EtcdStore(_etcd_client(settings), settings.etcd_prefix, on_trouble=trouble)
     try:
         yield store
     finally:
@@ -254,6 +253,27 @@ async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIte
                 await store.close()
         except TimeoutError:
             log.debug("the store's connections did not close in time")
+
+
+@asynccontextmanager
+async def administration(settings: Settings) -> "AsyncIterator[EtcdAdmin]":
+    """The network that the settings describe, for the commands of an operator."""
+    from flannelpy.store.etcd_admin import EtcdAdmin
+
+    admin = EtcdAdmin(_etcd_client(settings), settings.etcd_prefix)
+    try:
+        yield admin
+    finally:
+        await admin.close()
+
+
+def _etcd_client(settings: Settings) -> "EtcdClient":
+    from flannelpy.store.etcd_client import EtcdClient
+    from flannelpy.store.etcd_endpoint import Tls
+
+    tls = Tls(settings.etcd_cafile, settings.etcd_certfile, settings.etcd_keyfile)
+    credentials = (settings.etcd_username, settings.etcd_password) if settings.etcd_username else None
+    return EtcdClient(settings.etcd_endpoints, tls, credentials)
 
 
 async def _learn_network(

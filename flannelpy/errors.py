@@ -39,3 +39,9 @@ class StoreError(FlannelpyError):
     def __init__(self, message: str, *, transient: bool = False) -> None:
         super().__init__(message)
         self.transient = transient
+
+
+class ChangedError(FlannelpyError):
+    """Somebody else changed what a command was about to change: nothing is done."""
+
+    exit_code = 7

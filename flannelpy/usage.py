@@ -9,8 +9,10 @@ WIDTH = 92
 
 COMMANDS = {
     "cleanup": "remove from this host what the daemon made (shows it first)",
+    "config": "the network config in etcd: get, set, validate, explain",
     "demo": "try an overlay on this machine: nodes in network namespaces that ping each other",
     "docker-opts": "turn subnet.env into options for dockerd (flannel's mk-docker-opts.sh)",
+    "lease": "the leases in etcd: list, show, check, release, reserve, unreserve",
 }
 
 _HEAD = """\
@@ -52,6 +54,7 @@ _CODES = (
     ),
     (errors.ConflictError.exit_code, "another daemon serves this network on this host"),
     (errors.StoreError.exit_code, "the store (etcd) cannot do what was asked for"),
+    (errors.ChangedError.exit_code, "somebody else changed it meanwhile: only for lease and config"),
 )
 
 

@@ -9,8 +9,11 @@ import pytest
 
 import flannelpy
 from flannelpy import claim, errors, reconcile
+from flannelpy.cli import lease
+from flannelpy.cli.lease_text import as_json
 from flannelpy.flags import FLAGS
 from flannelpy.usage import help_text
+from tests.builders import entry
 
 ROOT = Path(__file__).parents[2]
 MADE = {"build", "dist", "node_modules"}
@@ -110,6 +113,21 @@ def test_documented_lines_are_in_the_program(heading: str) -> None:
         pieces = [piece.strip(" ()") for piece in re.split(r"<[^>]+>|[:;] ", line)]
         missing = [piece for piece in pieces if len(piece) > 2 and piece not in program]
         assert missing == [], line
+
+
+def test_what_lease_check_finds_is_documented_with_its_severity() -> None:
+    sources = [(ROOT / path).read_text() for path in ("flannelpy/model/census.py", "flannelpy/cli/lease.py")]
+    made = re.findall(r'Finding\(\s*"([a-z]+)",\s*"([a-z-]+)"', "".join(sources))
+    table = section(REFERENCE, "### What lease check finds").partition("\n## ")[0]
+    told = [cells[:2] for cells in rows(table)]
+    assert {(kind.strip("`"), severity) for kind, severity in told} == {(kind, rank) for rank, kind in made}
+    codes = (lease.WARNINGS_FOUND, lease.ERRORS_FOUND)
+    assert "{} with warnings, {} with errors".format(*codes) in REFERENCE.replace("\n", " ")
+
+
+def test_the_shape_of_a_lease_in_json_is_documented() -> None:
+    (shape,) = re.findall(r"^    LEASE  (\{.*?\})\n", REFERENCE, re.MULTILINE | re.DOTALL)
+    assert re.findall(r'"(\w+)"', shape) == list(as_json(entry("10.5.1.0-24"), ()))
 
 
 def test_every_damage_that_is_tried_is_in_the_table_of_repairs() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -25,3 +27,16 @@ def test_stray_words_are_counted_in_the_log_and_not_shown(
         asyncio.run(daemon._serve(settings, Notify({})))
     assert "ignored after the flags: 2 word(s)" in caplog.messages
     assert "hunter" not in caplog.text
+
+
+def test_a_start_does_not_import_the_commands_of_operators() -> None:
+    code = (
+        "import sys, flannelpy.daemon, flannelpy.store.etcd; "
+        "ours = {m for m in sys.modules if m.startswith('flannelpy.')}; "
+        "print(sorted(m for m in ours if '.cli' in m or 'admin' in m or m.rpartition('.')[2] in "
+        "('census', 'reservation', 'config_keys', 'usage'))); print('argparse' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == "[]\nFalse\n"
