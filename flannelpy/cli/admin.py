@@ -164,7 +164,7 @@ class Plan(NamedTuple):
     preview: Sequence[str]
     """What will be, in lines."""
     document: dict[str, Any]
-    """The same for programs; gets "done"."""
+    """The same for programs; gets "done": null if the answer got lost."""
     question: str
     what: str
     """What would have been changed by somebody else."""
@@ -177,9 +177,10 @@ def carry_out(options: argparse.Namespace, plan: Plan) -> int:
     json_wanted = wants_json(options)
     if not json_wanted or (sys.stdin.isatty() and not options.yes):
         print("\n".join(plan.preview), file=sys.stderr if json_wanted else sys.stdout, flush=True)
-    done = False
+    done: bool | None = False
     try:
         confirmed(plan.question, yes=options.yes)
+        done = None  # not known, should the answer get lost
         done = ask_etcd(options, plan.write)
     finally:
         if json_wanted:
