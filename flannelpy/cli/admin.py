@@ -87,14 +87,16 @@ def add_etcd_flags(parser: argparse.ArgumentParser) -> None:
     )
     for flag in TABLE:
         if flag.group == ETCD:
-            # Without defaults: a flag may stand before or after the word for the command.
+            # Without defaults: what is not given is read from the environment.
             group.add_argument(
                 f"--{flag.name}",
-                f"-{flag.name}",
                 dest=flag.field,
                 metavar=flag.word,
                 default=argparse.SUPPRESS,
                 help=flag.help.replace("%", "%%") + f" [{flag.env}]",
+            )
+            group.add_argument(
+                f"-{flag.name}", dest=flag.field, default=argparse.SUPPRESS, help=argparse.SUPPRESS
             )
 
 
