@@ -37,6 +37,10 @@ class Admin(Protocol):
         """Everything; with `lifetimes` also when each record expires."""
         ...
 
+    async def signature(self, entry: Entry) -> str | None:
+        """What the daemon that wrote a lease says about itself."""
+        ...
+
     async def remove(self, entry: Entry) -> bool:
         """Delete a record."""
         ...

@@ -28,7 +28,7 @@ from flannelpy.cli.admin import (
     wants_json,
 )
 from flannelpy.errors import ChangedError, FlannelpyError
-from flannelpy.model import reservation
+from flannelpy.model import identity, reservation
 from flannelpy.model.address import Address, Prefix, parse_address, parse_prefix
 from flannelpy.model.census import (
     Census,
@@ -41,6 +41,7 @@ from flannelpy.model.census import (
     worst,
 )
 from flannelpy.model.config import NetworkConfig
+from flannelpy.model.identity import Identity
 from flannelpy.model.subnet import encode_attrs, parse_key
 
 WARNINGS_FOUND = 10
@@ -48,6 +49,8 @@ ERRORS_FOUND = 11
 """Exit codes of `lease check`."""
 
 _LEASE = "KEY|IP|SUBNET"
+_MOST_SIGNATURES = 20
+"""A request each: of so many leases `show` tells who wrote them."""
 _TRIES = 5
 """How often a reservation is tried while other nodes write their leases."""
 
@@ -140,23 +143,34 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    look = _look(options)
+    async def read(admin: Admin) -> tuple[Census, list[Entry], list[Identity | None]]:
+        census = await admin.census(lifetimes=True)
+        entries = _matching(census, options.lease)
+        signed = [await admin.signature(entry) for entry in entries[:_MOST_SIGNATURES]]
+        signed += [None] * (len(entries) - len(signed))
+        return census, entries, [identity.parse(one or "") for one in signed]
+
+    census, entries, writers = ask_etcd(options, read)
+    look = _judged(census)
     about = text.by_key(look.found)
     place = f"{etcd_settings(options).etcd_prefix}/subnets/"
-    entries = _matching(look.census, options.lease)
     if wants_json(options):
         documents = [
             {
                 **text.as_json(entry, about.get(entry.key, ())),
                 "etcd_key": place + entry.key,
                 "value": entry.value.decode("utf-8", "backslashreplace"),
+                "written_by": None if writer is None else writer._asdict(),
                 "texts": [finding.text for finding in about.get(entry.key, ())],
             }
-            for entry in entries
+            for entry, writer in zip(entries, writers, strict=True)
         ]
         print(dump({"revision": look.census.revision, "leases": documents}))
     else:
-        parts = ["\n".join(text.details(entry, about.get(entry.key, ()), place)) for entry in entries]
+        parts = [
+            "\n".join(text.details(entry, about.get(entry.key, ()), place, writer))
+            for entry, writer in zip(entries, writers, strict=True)
+        ]
         print("\n\n".join(parts))
     return 0
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 from flannelpy.cli.admin import dump, shown, table
 from flannelpy.model.address import Prefix, format_address
 from flannelpy.model.census import SEVERITIES, Census, Entry, Finding, PoolUse, worst
+from flannelpy.model.identity import Identity
 from flannelpy.model.reservation import holder
 from flannelpy.store import TTL_SECONDS
 
@@ -114,7 +115,9 @@ def _count(number: int, what: str) -> str:
 # --- show ---
 
 
-def details(entry: Entry, findings: Sequence[Finding], place: str) -> list[str]:
+def details(
+    entry: Entry, findings: Sequence[Finding], place: str, writer: Identity | None = None
+) -> list[str]:
     """Everything about one record; `place` is what stands before its key in etcd."""
     rows: list[tuple[str, str]] = [("subnet", str(subnet)) for subnet in entry.subnets if subnet is not None]
     if entry.lease is not None:
@@ -124,6 +127,8 @@ def details(entry: Entry, findings: Sequence[Finding], place: str) -> list[str]:
         for name, data in (("data", attrs.backend_data), ("data IPv6", attrs.backend_v6_data)):
             if data is not None:
                 rows.append((name, dump(data)))
+    if writer is not None:
+        rows.append(("written by", shown(str(writer))))
     rows.append(("expires", _expiry(entry)))
     rows.append(("key", shown(place + entry.key)))
     grant = f"etcd lease {entry.etcd_lease_id:x}" if entry.etcd_lease_id else "no etcd lease"

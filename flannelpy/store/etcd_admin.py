@@ -62,6 +62,17 @@ class EtcdAdmin:
         entries = tuple(_entry(kv, len(first), left.get(kv.lease)) for kv in kvs)
         return Census(text, config_revision, entries, tuple(beside), revision)
 
+    async def signature(self, entry: Entry) -> str | None:
+        """What the daemon that wrote a lease says about itself, if it does and we may read it."""
+        if entry.lease is None:
+            return None
+        try:
+            return await self._records.signature(entry.key)
+        except RefusedError as error:
+            if error.transient:
+                raise
+            return None
+
     async def _all(self, first: bytes, end: bytes, revision: int) -> list[pb.KeyValue]:
         kvs: list[pb.KeyValue] = []
         size = 0
@@ -79,7 +90,13 @@ class EtcdAdmin:
             first = kvs[-1].key + b"\0"
 
     async def _some(self, first: bytes, end: bytes, revision: int) -> list[str]:
-        reply = await self._client.range(first, end, limit=_MOST_BESIDE, revision=revision)
+        """The first few keys; none where we may not look: they are not ours."""
+        try:
+            reply = await self._client.range(first, end, limit=_MOST_BESIDE, revision=revision)
+        except RefusedError as error:
+            if error.transient:
+                raise
+            return []
         return [shown_key(kv.key) for kv in reply.kvs]
 
     async def _lifetimes(self, lease_ids: set[int]) -> dict[int, int]:
@@ -105,7 +122,10 @@ class EtcdAdmin:
     async def remove(self, entry: Entry) -> bool:
         """Delete a record. Its etcd lease is left to expire: its node may be about to use it again."""
         delete = pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=self._key(entry)))
-        return (await self._client.txn([self._unchanged(entry)], [delete])).succeeded
+        done = (await self._client.txn([self._unchanged(entry)], [delete])).succeeded
+        if done and entry.is_reservation:
+            await quietly(self._records.unsign(entry.key))
+        return done
 
     async def reserve(self, lease: Lease, revision: int) -> bool:
         """Make a record without an etcd lease, if no record was written since the census of `revision`."""

@@ -98,6 +98,13 @@ class EtcdRecords:
         )
         await self.client.txn([self.unchanged(lease)], [pb.RequestOp(request_put=put)])
 
+    async def unsign(self, name: str) -> bool:
+        """Delete what `sign` left of a record that is gone; on an etcd lease it goes by itself."""
+        delete = pb.RequestOp(
+            request_delete_range=pb.DeleteRangeRequest(key=self._signatures + name.encode())
+        )
+        return (await self.client.txn([_none_in(self.key(name), b"")], [delete])).succeeded
+
     async def signature(self, key: str) -> str | None:
         """Who wrote a record, as they say; None if they do not."""
         reply = await self.client.range(self._signatures + key.encode())

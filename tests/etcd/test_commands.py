@@ -359,6 +359,11 @@ def test_passwords_and_flags_work_as_for_the_daemon(start_etcd: Start) -> None:
         "role add nodes",
         "role grant-permission nodes readwrite --prefix=true /net/",
         "user add node:secret",
+        "role add readers",
+        "role grant-permission readers read /net/config",
+        "role grant-permission readers read --prefix=true /net/subnets/",
+        "user add reader:secret",
+        "user grant-role reader readers",
         "user grant-role root root",
         "user grant-role node nodes",
         "auth enable",
@@ -380,6 +385,12 @@ def test_passwords_and_flags_work_as_for_the_daemon(start_etcd: Start) -> None:
     assert (code, "wrong user name or password for 'node'" in line, "incorrect" in line) == (6, True, False)
     code, line = net.fails("lease", "list", "-etcd-prefix", "/other")
     assert (code, "permission denied for user 'node'" in line) == (6, True)
+    net.environ["FLANNELD_ETCD_USERNAME"] = "reader"
+    for argv in (["lease", "list"], ["lease", "check"], ["lease", "show", "10.5.7.0/24"], ["config", "get"]):
+        assert net.run(*argv).code == 0, argv
+    code, line = net.fails("lease", "release", "10.5.7.0-24", "--yes", "--output=json")
+    assert (code, "permission denied for user 'reader'" in line) == (6, True)
+    assert net.get("subnets/10.5.7.0-24") is not None
     del net.environ["FLANNELD_ETCD_PASSWORD"]
     code, line = net.fails("lease", "list")
     assert (code, "--etcd-password" in line) == (2, True)

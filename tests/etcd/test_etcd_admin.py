@@ -174,6 +174,22 @@ def test_a_node_keeps_its_subnet_through_reservation_and_back(shared_etcd: EtcdP
     run(shared_etcd, prefix, scenario)
 
 
+def test_nothing_of_a_released_reservation_stays(shared_etcd: EtcdProcess, prefix: str) -> None:
+    async def scenario(lab: Lab) -> None:
+        grant = await lab.client.grant(100)
+        for number, lease in ((1, 0), (2, grant)):
+            await lab.put(f"subnets/10.5.{number}.0-24", b'{"PublicIP":"192.0.2.1"}', lease=lease)
+            await lab.put(f"flannelpy/nodes/10.5.{number}.0-24", b"signed", lease=lease)
+        census = await lab.admin.census(lifetimes=False)
+        assert [await lab.admin.signature(entry) for entry in census.entries] == ["signed", "signed"]
+        for entry in census.entries:
+            assert await lab.admin.remove(entry)
+        left = await lab.client.range(f"{prefix}/flannelpy/".encode(), f"{prefix}/flannelpy0".encode())
+        assert [(kv.key[-11:], kv.lease) for kv in left.kvs] == [(b"10.5.2.0-24", grant)], "it will expire"
+
+    run(shared_etcd, prefix, scenario)
+
+
 def test_a_reservation_is_for_its_node_alone(shared_etcd: EtcdProcess, prefix: str) -> None:
     async def scenario(lab: Lab) -> None:
         (public_ip, *_) = offer(1)(None, ())

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 from typing import Any
 
 import pytest
@@ -43,6 +44,8 @@ def test_a_reservation_made_and_ended_loses_no_packet(lab: Lab) -> None:
     reach(lab, one, pod_of(two))
     assert [record["key"] for record in operate(lab, "lease", "show", str(two.address))["leases"]] == [key]
     assert operate(lab, "lease", "check")["findings"] == []
+    (shown,) = operate(lab, "lease", "show", key)["leases"]
+    assert shown["written_by"]["host"] == socket.gethostname()
     flow = lab.start("flow", one.pods[0].netns, ["ping", "-n", "-i", "0.01", pod_of(two)])
     assert two.daemon is not None
     assert operate(lab, "lease", "reserve", key.replace("-", "/"), "--yes")["done"]

@@ -5,9 +5,16 @@ import json
 import pytest
 
 from flannelpy.backend import load
+from flannelpy.model import config_change
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.config_keys import BACKEND_KEYS, KEYS, changes, in_effect, keys_of, remarks, stranded
 from tests.builders import DUAL, V4, config, entry
+
+
+def test_what_counts_at_once_is_what_a_running_daemon_takes_over() -> None:
+    live = {config_change._KEYS[field] for field in config_change._LIVE}
+    assert {key.name for key in KEYS if key.effect == "live"} == live
+    assert not [key for keys in BACKEND_KEYS.values() for key in keys if key.effect == "live"]
 
 
 def made(text: str = V4, /, **keys: object) -> NetworkConfig:
