@@ -1,6 +1,6 @@
 """How commands on this host talk to the running daemon: a UNIX socket beside subnet.env.
 
-One line of JSON each way: `{"do": "confirm"}` -> `{"ok": 3}` or `{"error": "..."}`. Only root and the
+One line of JSON each way: `{"do": "held"}` -> `{"ok": [...]}` or `{"error": "..."}`. Only root and the
 daemon's own user may connect: the socket has mode 0600.
 """
 

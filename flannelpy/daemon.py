@@ -169,7 +169,9 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             random=Random(),  # noqa: S311  # spreads load, guards nothing
         )
         node = Node(parts)
-        async with control.serve(control.path_for(settings.subnet_file), {"confirm": node.confirm}):
+        async with control.serve(
+            control.path_for(settings.subnet_file), {"held": node.held, "confirm": node.confirm}
+        ):
             await node.live()
 
 

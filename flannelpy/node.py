@@ -168,6 +168,10 @@ class Node:
             tasks.create_task(knowledge.follow_config(self._own), name="follow the config")
             tasks.create_task(knowledge.keep_copy(self._own, parts.save), name="keep a copy")
 
+    def held(self) -> list[str]:
+        """The keys of the peers that are held."""
+        return [lease.key for lease in self._knowledge.held()]
+
     def confirm(self) -> int:
         """Let the held peers go; how many there were."""
         gone = self._knowledge.let_go()

@@ -12,7 +12,7 @@ COMMANDS = {
     "config": "the network config in etcd: get, set, validate, explain",
     "demo": "try an overlay on this machine: nodes in network namespaces that ping each other",
     "docker-opts": "turn subnet.env into options for dockerd (flannel's mk-docker-opts.sh)",
-    "lease": "the leases in etcd: list, show, check, release, reserve, unreserve",
+    "lease": "the leases in etcd: list, show, check, release, reserve, unreserve; confirm",
 }
 
 _HEAD = """\

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from flannelpy import control
 from flannelpy.cli import lease_text as text
 from flannelpy.cli.admin import (
     Admin,
@@ -21,6 +22,7 @@ from flannelpy.cli.admin import (
     ask_etcd,
     carry_out,
     check_revision,
+    confirmed,
     dump,
     etcd_settings,
     read_config,
@@ -28,6 +30,7 @@ from flannelpy.cli.admin import (
     wants_json,
 )
 from flannelpy.errors import ChangedError, FlannelpyError
+from flannelpy.flags import FLAGS
 from flannelpy.model import identity, reservation
 from flannelpy.model.address import Address, Prefix, parse_address, parse_prefix
 from flannelpy.model.census import (
@@ -108,6 +111,18 @@ def _parser() -> Parser:
     )
     unreserve.add_argument("lease", metavar=_LEASE)
     add_yes_flags(unreserve, "the reservation")
+    what = (
+        "After etcd was restored or replaced: let those peers go that have not written a lease since. "
+        "Talks to the daemon on this host; each node decides for itself."
+    )
+    confirm = commands.add_parser("confirm", help=what, description=what, allow_abbrev=False)
+    confirm.set_defaults(command=_confirm)
+    add_output_flag(confirm)
+    confirm.add_argument("--yes", action="store_true", help="do it without asking")
+    flag = FLAGS["subnet-file"]
+    confirm.add_argument(
+        "--subnet-file", default=flag.default, metavar="FILE", help="the daemon's (default: %(default)s)"
+    )
     return parser
 
 
@@ -355,3 +370,25 @@ def _reservation_plan(
         write,
         f"reserved {lease.key} for {reservation.holder(entry)}",
     )
+
+
+# --- the daemon on this host ---
+
+
+def _confirm(options: argparse.Namespace) -> int:
+    """End the hold of peers that the store's new history does not have."""
+    daemon = control.path_for(options.subnet_file)
+    held: list[str] = control.ask(daemon, "held")
+    json_wanted = wants_json(options)
+    if held and not json_wanted:
+        print(f"{len(held)} peers are held although etcd has no lease of theirs:")
+        print("\n".join(f"  {shown(key)}" for key in held))
+        print("- this node's routes to them are removed; who is alive comes back with its own lease")
+    if held:
+        confirmed(f"let {len(held)} peers go?", yes=options.yes)
+        control.ask(daemon, "confirm")
+    if json_wanted:
+        print(dump({"action": "confirm", "peers": held, "done": True}))
+    else:
+        print(f"let {len(held)} peers go" if held else "no peer is held: nothing to confirm")
+    return 0

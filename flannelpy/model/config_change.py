@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from flannelpy.model.address import format_address
 from flannelpy.model.config import NetworkConfig
 
-_KEYS = {
+KEYS = {
     "network": "Network",
     "network6": "IPv6Network",
     "enable_ipv4": "EnableIPv4",
@@ -23,7 +23,7 @@ _KEYS = {
     "backend": "Backend",
 }
 """Field of NetworkConfig -> the key that a user reads and writes."""
-_LIVE = frozenset(("enable_nftables", "subnet_min", "subnet_max", "subnet6_min", "subnet6_max"))
+LIVE = frozenset(("enable_nftables", "subnet_min", "subnet_max", "subnet6_min", "subnet6_max"))
 """Which of them disturb no packet: where new subnets are chosen from, and how rules are written."""
 
 
@@ -40,17 +40,17 @@ def compare(running: NetworkConfig, new: NetworkConfig) -> ConfigChange:
     """What has changed. With nothing pending the two describe the same network."""
     live: list[str] = []
     pending: list[str] = []
-    for field, key in _KEYS.items():
+    for field, key in KEYS.items():
         before, after = getattr(running, field), getattr(new, field)
         if before == after or (field == "backend" and running.backend_type != new.backend_type):
             continue
-        (live if field in _LIVE else pending).append(f"{key} from {_shown(before)} to {_shown(after)}")
+        (live if field in LIVE else pending).append(f"{key} from {_shown(before)} to {_shown(after)}")
     return ConfigChange(tuple(live), tuple(pending))
 
 
 def with_live_part(running: NetworkConfig, new: NetworkConfig) -> NetworkConfig:
     """The running config with what applies at once; only for two that describe the same network."""
-    return running._replace(**{field: getattr(new, field) for field in _LIVE})
+    return running._replace(**{field: getattr(new, field) for field in LIVE})
 
 
 def _shown(value: Any) -> str:

@@ -2,16 +2,27 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flannelpy import control
 from flannelpy.cli.lab import ETCD_PREFIX, Lab, Node
 from flannelpy.cli.processes import stop, wait_ready, wait_until
-from tests.netns.nodes import V4, cluster, leases, log_of, peer, put_lease, reach, routes, wait_for_log
+from tests.netns.nodes import (
+    PROGRAM,
+    V4,
+    cluster,
+    leases,
+    log_of,
+    peer,
+    put_lease,
+    reach,
+    routes,
+    wait_for_log,
+)
 
 pytestmark = [pytest.mark.root, pytest.mark.etcd]
 
@@ -196,7 +207,12 @@ def test_a_new_history_holds_the_peers_until_they_are_let_go(lab: Lab) -> None:
     lab.put_config(V4)
     wait_until(lambda: list(leases(lab)) == [key_of(one)], "our own lease, as it was", timeout=15)
     assert routes(lab, one) == 1
-    assert control.ask(control.path_for(str(one.subnet_file)), "confirm") == 1
+    command = [*PROGRAM, "lease", "confirm", f"--subnet-file={one.subnet_file}", "--output=json"]
+    refused = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    assert (refused.returncode, routes(lab, one)) == (1, 1)
+    assert "confirm with --yes" in refused.stderr
+    answer = json.loads(subprocess.check_output([*command, "--yes"]))
+    assert answer == {"action": "confirm", "peers": [key_of(two)], "done": True}
     wait_until(lambda: routes(lab, one) == 0, "the peer is let go")
     wait_ready([lab.start_daemon(two)])
     wait_until(lambda: routes(lab, one) == 1, "the peer is back")

@@ -12,7 +12,7 @@ from tests.builders import DUAL, V4, config, entry
 
 
 def test_what_counts_at_once_is_what_a_running_daemon_takes_over() -> None:
-    live = {config_change._KEYS[field] for field in config_change._LIVE}
+    live = {config_change.KEYS[field] for field in config_change.LIVE}
     assert {key.name for key in KEYS if key.effect == "live"} == live
     assert not [key for keys in BACKEND_KEYS.values() for key in keys if key.effect == "live"]
 
