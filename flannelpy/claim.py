@@ -253,7 +253,12 @@ class Claim:
     async def _take_back(self, lost: Lease) -> None:
         """The same subnet again if it is free, else another one."""
         await asyncio.sleep(self._not_before - asyncio.get_running_loop().time())
-        log.warning("our lease %s was deleted or overwritten by somebody else: taking it back", lost.key)
+        if self._lost or self._theirs is None or self._theirs.attrs != lost.attrs:
+            log.warning("our lease %s was deleted or overwritten by somebody else: taking it back", lost.key)
+        else:
+            log.info(
+                "our lease %s was written by somebody else with the same value: going on with it", lost.key
+            )
         if self._new_history:
             await self._matching_config()
         self._previous = Previous(self._config.network, lost.subnet, self._config.network6, lost.subnet6)
