@@ -75,8 +75,10 @@ class Links:
         except NetlinkError as error:
             renamed = self._renamed(link) if error.errno == errno.EEXIST else None
             if renamed is not None:
-                # Ours under another name: with its name back it is compared again by the next pass.
+                # Ours under another name: it gets its name back, and what else was changed of it.
                 self._netlink.request(codec.link_rename(renamed.ifindex, link.name))
+                self.read()
+                self._change(link)
                 return
             raise _creation_error(link, error, self.by_name.values()) from error
         self.read()
