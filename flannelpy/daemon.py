@@ -240,7 +240,7 @@ async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIte
         else:
             if health.store_trouble is None:
                 health.store_trouble_since = now
-            since = time.strftime("%H:%M:%S", time.localtime(health.store_trouble_since))
+            since = time.strftime("%H:%M:%SZ", time.gmtime(health.store_trouble_since))
             outcome = f"the network goes on with what was known at {since}" if health.ready else "waiting"
             log.warning("%s; %s", reason, outcome)
             notify.status(f"{reason}; {outcome}")
@@ -272,10 +272,11 @@ async def administration(settings: Settings) -> "AsyncIterator[EtcdAdmin]":
 def _etcd_client(settings: Settings) -> "EtcdClient":
     from flannelpy.store.etcd_client import EtcdClient
     from flannelpy.store.etcd_endpoint import Tls
+    from flannelpy.store.etcd_files import Login
 
     tls = Tls(settings.etcd_cafile, settings.etcd_certfile, settings.etcd_keyfile)
-    credentials = (settings.etcd_username, settings.etcd_password) if settings.etcd_username else None
-    return EtcdClient(settings.etcd_endpoints, tls, credentials)
+    login = Login(settings.etcd_username, settings.etcd_password, settings.etcd_password_file)
+    return EtcdClient(settings.etcd_endpoints, tls, login if login.user else None)
 
 
 async def _learn_network(

@@ -230,10 +230,12 @@ TABLE = (
     Flag("etcd-cafile", ETCD, "", read_text, "FILE",
          "Certificate authorities that etcd's certificate is checked against, instead of the system's."),
     Flag("etcd-username", ETCD, "", read_text, "NAME",
-         "User for etcd's authentication; only together with --etcd-password."),
+         "User for etcd's authentication; only together with a password."),
     Flag("etcd-password", ETCD, "", read_text, "TEXT",
          "Its password. Better given by the environment: a command line can be read by every user.",
          secret=True),
+    Flag("etcd-password-file", ETCD, "", read_text, "FILE",
+         "File with the password in its first line, instead of --etcd-password; read again when it changes."),
     Flag("iface", UPLINK, "", read_text, "NAME|IP",
          "Interface, or address of one, that carries the overlay; repeat it for second choices. Without any "
          "of the three --iface flags it is the interface of the default route.", repeatable=True),

@@ -40,6 +40,7 @@ class Settings(NamedTuple):
     etcd_cafile: str
     etcd_username: str
     etcd_password: str
+    etcd_password_file: str
     iface: tuple[str, ...]
     iface_regex: tuple[str, ...]
     iface_can_reach: Address | None
@@ -285,8 +286,12 @@ def _closest(name: str, known: Iterable[str]) -> str:
 
 
 def _check_pairs(settings: Settings) -> None:
-    """SettingsError when one of two values that only work together is missing."""
-    for one, other in (("etcd-keyfile", "etcd-certfile"), ("etcd-username", "etcd-password")):
+    """SettingsError when one of two values that only work together is missing, or one too many is given."""
+    password = "etcd-password-file" if settings.etcd_password_file else "etcd-password"
+    if settings.etcd_password_file and settings.etcd_password:
+        places = [_place(name, settings.sources[name]) for name in ("etcd-password", "etcd-password-file")]
+        raise SettingsError(f"{places[0]} and {places[1]} are both given: give one of them")
+    for one, other in (("etcd-keyfile", "etcd-certfile"), ("etcd-username", password)):
         values = [getattr(settings, FLAGS[name].field) for name in (one, other)]
         if bool(values[0]) != bool(values[1]):
             missing = other if values[0] else one

@@ -90,6 +90,7 @@ class EtcdStore:
     async def _config_texts(self, retry: Retry) -> AsyncGenerator[str | None, None]:
         """The config as read, and after each change, until the watch ends."""
         reply = await self._client.range(self._config_key)
+        retry.succeeded()  # a start needs no more than this
         yield _text(reply.kvs[0].value) if reply.kvs else None
         watch = self._client.watch(self._config_key, b"", reply.header.revision + 1)
         async with aclosing(watch) as responses:

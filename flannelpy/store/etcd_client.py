@@ -2,21 +2,24 @@
 
 import asyncio
 import os
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import grpc
+import grpc.aio
 from google.protobuf.message import Message
 
 from flannelpy.errors import StoreError
 from flannelpy.store import etcd_pb2 as pb
 from flannelpy.store.etcd_connection import CallError, Connection, Member, call_errors
 from flannelpy.store.etcd_endpoint import Tls
+from flannelpy.store.etcd_files import Login, keep_password
 from flannelpy.store.etcd_reason import call_reason
 
 Reply = TypeVar("Reply", bound=Message)
-_Metadata = tuple[tuple[str, str], ...]
+_WatchCall: TypeAlias = "grpc.aio.StreamStreamCall[pb.WatchRequest, pb.WatchResponse]"
 
 _LOST = (
     grpc.StatusCode.UNAVAILABLE,
@@ -32,6 +35,10 @@ _PERMANENT = (
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.FAILED_PRECONDITION,
 )
+_MORE_PATIENCE = 4
+"""How many times as long a call may take while nothing is answered in time: slow is better than never."""
+_REFUSED_SECONDS = 60.0
+"""So long a password that etcd refused is not sent again."""
 _STALE_TOKEN = ("invalid auth token", "revision of auth store is old")
 
 
@@ -69,24 +76,27 @@ _AUTHENTICATE = _Method("authenticate", "/etcdserverpb.Auth/Authenticate", pb.Au
 class EtcdClient:
     """A client of an etcd cluster, connected to one member at a time.
 
-    `credentials` are user and password. Raises StoreError for unusable files, SettingsError for unusable
-    endpoints. Every call raises StoreError, whose message names endpoint, reason and remedy; `transient` is
-    False only where waiting cannot help: a wrong password, a missing permission.
+    Certificates, and a password in a file, are read again when they change. Raises StoreError for unusable
+    files, SettingsError for unusable endpoints. Every call raises StoreError, whose message names endpoint,
+    reason and remedy; `transient` is False only where waiting cannot help: a wrong password, a missing
+    permission.
     """
 
     def __init__(
         self,
         endpoints: Sequence[str],
         tls: Tls | None = None,
-        credentials: tuple[str, str] | None = None,
+        login: Login | None = None,
         *,
         call_timeout: float = 5.0,
-        connect_timeout: float = 4.0,
+        connect_timeout: float = 3.0,
     ) -> None:
         self._connection = Connection(endpoints, tls, connect_timeout)
-        self._credentials = credentials
-        self._timeout = call_timeout
+        self._login = login
+        self._password = keep_password(login) if login is not None else str
+        self._timeout = self._patience = call_timeout
         self._token: str | None = None
+        self._refused: _Refused | None = None
         self._authenticating = asyncio.Lock()
         self.requests: Counter[str] = Counter()
         """How many requests of each kind were sent: range, txn, grant, revoke, ttl, watch, authenticate."""
@@ -159,25 +169,14 @@ class EtcdClient:
 
         Raises StoreError when the stream ends for any other reason. Close it (`contextlib.aclosing`).
         """
-        member = await self._connection.ready()
-        metadata = (("hasleader", "true"), *await self._token_metadata(member))
-        self.requests[_WATCH.kind] += 1
-        call = member.channel.stream_stream(
-            _WATCH.path, pb.WatchRequest.SerializeToString, _WATCH.reply
-        )(None, metadata=metadata)  # fmt: skip
         create = pb.WatchCreateRequest(
             key=key, range_end=range_end, start_revision=start_revision, progress_notify=True
         )
+        member, call, response = await self._open_watch(create)
         try:
-            with call_errors():
-                await call.write(pb.WatchRequest(create_request=create))
-                async with asyncio.timeout(self._timeout):
-                    response = await call.read()
             while isinstance(response, pb.WatchResponse):
                 if response.canceled and not response.compact_revision:
-                    # Up to 3.4 a stale token is called "permission denied" here: try with a new one next.
-                    self._token = None
-                    reason = call_reason("CANCELLED", response.cancel_reason, 0)
+                    reason = call_reason("CANCELLED", response.cancel_reason)
                     raise self._error(member, f"the watch is refused: {reason}")
                 yield response
                 with call_errors():
@@ -185,25 +184,60 @@ class EtcdClient:
             await self._connection.leave(member)
             raise self._error(member, "the watch is lost")
         except CallError as error:
-            if _is_stale_token(error):
-                self._token = None
             await self._connection.leave(member)
             raise self._error(member, f"the watch is lost: {self._reason(error)}") from None
         finally:
             call.cancel()
+
+    async def _open_watch(self, create: pb.WatchCreateRequest) -> tuple[Member, _WatchCall, Any]:
+        """(member, stream, its first response); once more with a new token if this one is refused."""
+        renewed = False
+        while True:
+            member = await self._connection.ready()
+            token = await self._current_token(member)
+            self.requests[_WATCH.kind] += 1
+            call = member.channel.stream_stream(
+                _WATCH.path, pb.WatchRequest.SerializeToString, _WATCH.reply
+            )(None, metadata=(("hasleader", "true"), *_metadata(token)))  # fmt: skip
+            failure = None
+            response: Any = None
+            try:
+                with call_errors():
+                    await call.write(pb.WatchRequest(create_request=create))
+                    async with asyncio.timeout(self._patience):
+                        response = await call.read()
+            except CallError as error:
+                call.cancel()
+                failure = error
+            except BaseException:
+                call.cancel()
+                raise
+            # Up to 3.4 a stale token is called "permission denied" here.
+            refusal = failure or CallError(grpc.StatusCode.CANCELLED, getattr(response, "cancel_reason", ""))
+            if token and not renewed and (_is_stale_token(refusal) or "permission denied" in refusal.details):
+                call.cancel()
+                self._forget(token)
+                renewed = True
+            elif failure is not None:
+                self._adapt(late=failure.code is grpc.StatusCode.DEADLINE_EXCEEDED)
+                await self._connection.leave(member)
+                raise self._error(member, f"the watch is lost: {self._reason(failure)}")
+            else:
+                return member, call, response
 
     async def _call(self, method: _Method[Reply], request: Message, *, repeatable: bool) -> Reply:
         """A unary call; if its member is lost, once more on the next one if it may be repeated."""
         renewed = repeated = False
         while True:
             member = await self._connection.ready()
-            metadata = await self._token_metadata(member)
+            token = await self._current_token(member)
             try:
-                return await self._send(member, method, request, metadata)
+                return await self._send(member, method, request, token)
             except CallError as error:
                 failure = error
-            if _is_stale_token(failure) and self._credentials is not None and not renewed:
-                self._token, renewed = None, True
+            if _is_stale_token(failure) and token and not renewed:
+                self._forget(token)
+                renewed = True
                 continue
             if failure.code not in _LOST:
                 raise self._refusal(member, failure)
@@ -218,53 +252,80 @@ class EtcdClient:
                 raise self._error(member, self._reason(failure))
             repeated = True
 
-    async def _send(
-        self, member: Member, method: _Method[Reply], request: Message, metadata: _Metadata
-    ) -> Reply:
+    async def _send(self, member: Member, method: _Method[Reply], request: Message, token: str) -> Reply:
+        """One request, with a deadline that grows while nothing is answered in time: up to four times."""
         self.requests[method.kind] += 1
         call = member.channel.unary_unary(method.path, type(request).SerializeToString, method.reply)
-        with call_errors():
-            reply: Reply = await call(request, timeout=self._timeout, metadata=metadata)
-            return reply
+        try:
+            with call_errors():
+                reply: Reply = await call(request, timeout=self._patience, metadata=_metadata(token))
+        except CallError as error:
+            self._adapt(late=error.code is grpc.StatusCode.DEADLINE_EXCEEDED)
+            raise
+        self._adapt(late=False)
+        return reply
+
+    def _adapt(self, *, late: bool) -> None:
+        self._patience = min(2 * self._patience, _MORE_PATIENCE * self._timeout) if late else self._timeout
 
     # --- authentication ---
 
-    async def _token_metadata(self, member: Member) -> _Metadata:
-        if self._credentials is None:
-            return ()
+    async def _current_token(self, member: Member) -> str:
+        """The token to send with a request; empty if none is asked for."""
+        if self._login is None:
+            return ""
         async with self._authenticating:
             if self._token is None:
-                self._token = await self._authenticate(member, *self._credentials)
-        return (("token", self._token),) if self._token else ()
+                self._token = await self._authenticate(member, self._login.user)
+        return self._token
 
-    async def _authenticate(self, member: Member, user: str, password: str) -> str:
-        """A token; empty when etcd does not ask for one."""
+    def _forget(self, token: str) -> None:
+        """This token is refused; another call may have a newer one already."""
+        if self._token == token:
+            self._token = None
+
+    async def _authenticate(self, member: Member, user: str) -> str:
+        """A token; empty when etcd does not ask for one.
+
+        A refused password is not sent again for a while unless it has changed: each try costs etcd a tenth
+        of a second of processor time on purpose, and thousands of nodes may have the same one.
+        """
+        password = self._password()
+        if self._refused is not None and self._refused.holds(password):
+            raise self._refused.error.with_traceback(None)
         request = pb.AuthenticateRequest(name=user, password=password)
         try:
-            return (await self._send(member, _AUTHENTICATE, request, ())).token
+            token = (await self._send(member, _AUTHENTICATE, request, "")).token
         except CallError as error:
             failure = error
+        else:
+            self._refused = None
+            return token
         if "authentication is not enabled" in failure.details:
             return ""
         if failure.code not in _LOST:
-            raise self._refusal(member, failure)
+            refusal = self._refusal(member, failure)
+            if "invalid user ID or password" in failure.details:
+                self._refused = _Refused(password, time.monotonic() + _REFUSED_SECONDS, refusal)
+            raise refusal
         await self._connection.leave(member)
         raise self._error(member, self._reason(failure))
 
     # --- errors ---
 
     def _reason(self, failure: CallError) -> str:
-        return call_reason(failure.code.name, failure.details, self._timeout)
+        return call_reason(failure.code.name, failure.details)
 
     def _error(self, member: Member, reason: str) -> StoreError:
         return StoreError(f"etcd at {member.endpoint.text}: {reason}", transient=True)
 
     def _refusal(self, member: Member, failure: CallError) -> RefusedError:
         """What to say, with the remedy, when etcd answers with an error."""
-        user = "" if self._credentials is None else self._credentials[0]
+        user = self._login.user if self._login is not None else ""
         details, reason = failure.details, self._reason(failure)
         if "invalid user ID or password" in details:
-            reason = f"wrong user name or password for {user!r}: check --etcd-username and --etcd-password"
+            flag = "--etcd-password-file" if self._login and self._login.password_file else "--etcd-password"
+            reason = f"wrong user name or password for {user!r}: check --etcd-username and {flag}"
         elif "user name is empty" in details:
             reason = "it asks for a user name and a password: give --etcd-username and --etcd-password"
         elif failure.code is grpc.StatusCode.PERMISSION_DENIED:
@@ -275,6 +336,22 @@ class EtcdClient:
         return RefusedError(
             f"etcd at {member.endpoint.text}: {reason}", details, transient=failure.code not in _PERMANENT
         )
+
+
+class _Refused(NamedTuple):
+    """A password that etcd did not take."""
+
+    password: str
+    until: float
+    error: RefusedError
+
+    def holds(self, password: str) -> bool:
+        """Whether there is no use in sending this one."""
+        return password == self.password and time.monotonic() < self.until
+
+
+def _metadata(token: str) -> tuple[tuple[str, str], ...]:
+    return (("token", token),) if token else ()
 
 
 def _is_stale_token(error: CallError) -> bool:

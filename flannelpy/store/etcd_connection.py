@@ -17,6 +17,7 @@ import grpc.aio
 
 from flannelpy.errors import SettingsError, StoreError
 from flannelpy.store.etcd_endpoint import Endpoint, Tls, parse_endpoint, read_pem, system_roots
+from flannelpy.store.etcd_files import Kept
 from flannelpy.store.etcd_reason import connect_reason
 
 _OPTIONS = (
@@ -43,6 +44,8 @@ _RECENT = 10.0
 """Seconds for which an endpoint that failed lets the others go first,"""
 _HANDICAP = 0.3
 """by this many seconds: a member without a leader accepts connections as fast as any."""
+_MORE_PATIENCE = 4
+"""While nobody answers, a connection may take up to so many times as long: slow is better than never."""
 
 
 class CallError(Exception):
@@ -62,7 +65,11 @@ class Member(NamedTuple):
 
 
 class _UnreachableError(Exception):
-    """Why an endpoint cannot be connected to, in words."""
+    """Why an endpoint cannot be connected to, in words; `silent`: nothing came back."""
+
+    def __init__(self, reason: str, *, silent: bool = False) -> None:
+        super().__init__(reason)
+        self.silent = silent
 
 
 @contextlib.contextmanager
@@ -91,12 +98,13 @@ class Connection:
         self.endpoints = tuple(dict.fromkeys(parse_endpoint(text) for text in endpoints))
         if not self.endpoints:
             raise SettingsError("no etcd endpoint is given: set --etcd-endpoints")
-        self._ca = (tls.ca_file if tls is not None else "") or system_roots() or "gRPC's own list"
-        self._credentials: grpc.ChannelCredentials | None = None
+        tls = tls or Tls()
+        self._ca = tls.ca_file or system_roots() or "gRPC's own list"
+        self._credentials: Kept[grpc.ChannelCredentials] | None = None
         if any(endpoint.secure for endpoint in self.endpoints):
-            pem = read_pem(tls or Tls())
-            self._credentials = grpc.ssl_channel_credentials(pem.roots, pem.key, pem.chain)
-        self._timeout = timeout
+            files = (tls.ca_file or system_roots(), tls.cert_file, tls.key_file)
+            self._credentials = Kept(files, lambda: _channel_credentials(tls))
+        self._timeout = self._patience = timeout
         self._member: Member | None = None
         self._failed: dict[Endpoint, float] = {}
         self._connecting = asyncio.Lock()
@@ -131,8 +139,11 @@ class Connection:
     async def _first_ready(self) -> Member:
         if self._closed:
             raise StoreError("the connection to etcd is closed")
-        tasks = {asyncio.create_task(self._open(endpoint)): endpoint for endpoint in self.endpoints}
-        reasons: dict[Endpoint, str] = {}
+        credentials = self._credentials.current() if self._credentials is not None else None
+        tasks = {
+            asyncio.create_task(self._open(endpoint, credentials)): endpoint for endpoint in self.endpoints
+        }
+        reasons: dict[Endpoint, _UnreachableError] = {}
         winner: Member | None = None
         waiting = set(tasks)
         try:
@@ -142,37 +153,49 @@ class Connection:
                     try:
                         winner = winner or task.result()
                     except _UnreachableError as error:
-                        reasons[tasks[task]] = str(error)
+                        reasons[tasks[task]] = error
         finally:
             await _drop(tasks, winner)
         if winner is None:
+            silent = all(reason.silent for reason in reasons.values())
+            self._patience = (
+                min(2 * self._patience, _MORE_PATIENCE * self._timeout) if silent else self._timeout
+            )
             each = "; ".join(f"{endpoint.text}: {reasons[endpoint]}" for endpoint in self.endpoints)
             raise StoreError(f"etcd cannot be reached: {each}", transient=True)
+        self._patience = self._timeout
         return winner
 
-    async def _open(self, endpoint: Endpoint) -> Member:
+    async def _open(self, endpoint: Endpoint, credentials: grpc.ChannelCredentials | None) -> Member:
         """A connected member; _UnreachableError if the first attempt fails or takes too long."""
         if len(self.endpoints) > 1 and time.monotonic() - self._failed.get(endpoint, -_RECENT) < _RECENT:
             await asyncio.sleep(_HANDICAP)
-        channel = self._channel(endpoint)
+        channel = _channel(endpoint, credentials)
+        patience = self._patience
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(patience):
                 details = await _connect(channel)
             if details is None:
                 return Member(endpoint, channel)
-            reason = connect_reason(details, self._ca, secure=endpoint.secure)
+            error = _UnreachableError(connect_reason(details, self._ca, secure=endpoint.secure))
         except TimeoutError:
-            reason = f"no answer within {self._timeout:g} s"
+            error = _UnreachableError(f"no answer within {patience:g} s", silent=True)
         except BaseException:
             await channel.close(None)
             raise
         await channel.close(None)
-        raise _UnreachableError(reason)
+        raise error
 
-    def _channel(self, endpoint: Endpoint) -> grpc.aio.Channel:
-        if endpoint.secure and self._credentials is not None:
-            return grpc.aio.secure_channel(endpoint.target, self._credentials, options=_OPTIONS)
-        return grpc.aio.insecure_channel(endpoint.target, options=_OPTIONS)
+
+def _channel_credentials(tls: Tls) -> grpc.ChannelCredentials:
+    pem = read_pem(tls)
+    return grpc.ssl_channel_credentials(pem.roots, pem.key, pem.chain)
+
+
+def _channel(endpoint: Endpoint, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    if endpoint.secure and credentials is not None:
+        return grpc.aio.secure_channel(endpoint.target, credentials, options=_OPTIONS)
+    return grpc.aio.insecure_channel(endpoint.target, options=_OPTIONS)
 
 
 async def _drop(tasks: dict[asyncio.Task[Member], Endpoint], winner: Member | None) -> None:

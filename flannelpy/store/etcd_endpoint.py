@@ -112,6 +112,14 @@ def _unusable(text: str) -> SettingsError:
 
 def read_pem(tls: Tls) -> Pem:
     """Read and check the files now, so that a reason can name the file. Raises StoreError, SettingsError."""
+    pem = _read_pem(tls)
+    # What was checked is what was read only if nobody has written in between.
+    if _read_pem(tls) != pem:
+        raise StoreError("the certificate files are being written; check that this comes to an end")
+    return pem
+
+
+def _read_pem(tls: Tls) -> Pem:
     if bool(tls.cert_file) != bool(tls.key_file):
         raise SettingsError(
             "a client certificate needs its key: give both --etcd-certfile and --etcd-keyfile, or neither"

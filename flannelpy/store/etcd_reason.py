@@ -38,6 +38,8 @@ _CLOSED = (
     "recvmsg",
     "Connection closed",
 )
+_ENDED = "Internal error from Core"
+"""What grpc.aio makes of a call that the server ends before our first message is sent."""
 _CLOSED_TLS = "TSI_DATA_CORRUPTED"
 _HINTS = {
     False: " (does it want https:// ?)",
@@ -55,14 +57,16 @@ def connect_reason(details: str, ca: str, *, secure: bool) -> str:
     return bounded(details.rpartition("last error: ")[2])
 
 
-def call_reason(code: str, details: str, timeout: float) -> str:
+def call_reason(code: str, details: str) -> str:
     """Why a call failed, from gRPC's status name ("UNAVAILABLE") and details."""
     if code == "DEADLINE_EXCEEDED" and not details.startswith("etcdserver"):
-        return f"no answer within {timeout:g} s"
+        return "no answer in time"
     if "ping timeout" in details.lower() or "keepalive" in details.lower():
         return "it stopped answering"
     if any(pattern in details for pattern in _CLOSED):
         return "connection lost"
+    if details == _ENDED:
+        return "it ended the call at once"
     return bounded(_WRAPPERS.sub("", details) or code.lower().replace("_", " "))
 
 

@@ -15,7 +15,8 @@ class Retry:
     """100 ms doubling to 5 s, each shortened by up to a half at random: thousands of nodes wait at once.
 
     One lost connection that is replaced at once is no news; the second failure in a row, or the first of all,
-    is reported.
+    is reported. Another reason is reported when it is there twice in a row: members that fail in different
+    ways take turns.
     """
 
     def __init__(self, random: Random, report: Callable[[str | None], None]) -> None:
@@ -24,11 +25,14 @@ class Retry:
         self._failures = 0
         self._worked_since: float | None = None
         self._ever = False
+        self._reason = ""
+        self._reported = ""
 
     def succeeded(self) -> None:
         """The watch stands."""
         self._ever = True
         self._worked_since = time.monotonic()
+        self._reason = self._reported = ""
         self._report(None)
 
     async def failed(self, reason: str) -> None:
@@ -38,7 +42,10 @@ class Retry:
             self._failures = 0
         self._worked_since = None
         self._failures += 1
-        if self._failures > 1 or not self._ever:
+        settled = reason == self._reason or not self._reported
+        self._reason = reason
+        if (self._failures > 1 or not self._ever) and settled and reason != self._reported:
+            self._reported = reason
             self._report(reason)
         await asyncio.sleep(self._delay())
 

@@ -20,6 +20,8 @@ class Proxy:
         self.port = 0
         self.delay = 0.0
         """Seconds between accepting a connection and carrying its first byte."""
+        self.latency = 0.0
+        """Seconds by which everything comes late, in each direction."""
 
     @property
     def endpoint(self) -> str:
@@ -91,6 +93,7 @@ class Proxy:
             while data := await reader.read(65_536):
                 muted = generation < (self._mute_up if up else self._mute_down)
                 if not muted and (up or not self._swallow):
+                    await asyncio.sleep(self.latency)
                     writer.write(data)
                     await writer.drain()
         except OSError:

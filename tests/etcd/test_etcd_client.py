@@ -15,6 +15,7 @@ from flannelpy.store import etcd_pb2 as pb
 from flannelpy.store.etcd import EtcdStore
 from flannelpy.store.etcd_client import EtcdClient
 from flannelpy.store.etcd_endpoint import Tls
+from flannelpy.store.etcd_files import Login
 from tests.certificates import Authority, Issued
 from tests.etcd.conftest import Start
 from tests.etcd.proxy import Proxy
@@ -28,22 +29,22 @@ pytestmark = pytest.mark.etcd
 async def client(
     *endpoints: str,
     tls: Tls | None = None,
-    credentials: tuple[str, str] | None = None,
+    login: Login | None = None,
     call_timeout: float = 5.0,
     connect_timeout: float = 5.0,
 ) -> AsyncIterator[EtcdClient]:
-    made = EtcdClient(endpoints, tls, credentials, call_timeout=call_timeout, connect_timeout=connect_timeout)
+    made = EtcdClient(endpoints, tls, login, call_timeout=call_timeout, connect_timeout=connect_timeout)
     try:
         yield made
     finally:
         await made.close()
 
 
-def answer(*endpoints: str, tls: Tls | None = None, credentials: tuple[str, str] | None = None) -> str:
+def answer(*endpoints: str, tls: Tls | None = None, login: Login | None = None) -> str:
     """Empty if a Range works, else the error."""
 
     async def scenario() -> str:
-        async with client(*endpoints, tls=tls, credentials=credentials) as etcd:
+        async with client(*endpoints, tls=tls, login=login) as etcd:
             try:
                 await etcd.range(b"/x")
             except StoreError as error:
@@ -92,6 +93,34 @@ def test_a_slow_handshake_is_waited_for(shared_etcd: EtcdProcess) -> None:
         async with Proxy(shared_etcd.port) as proxy, client(proxy.endpoint) as etcd:
             proxy.delay = 0.7
             await etcd.range(b"/x")
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_network_is_waited_for_longer_and_longer(shared_etcd: EtcdProcess) -> None:
+    """0.3 s in each direction are more than the 0.4 s that a connection, and a call, get at first."""
+
+    async def scenario() -> None:
+        async with (
+            Proxy(shared_etcd.port) as proxy,
+            client(proxy.endpoint, call_timeout=0.4, connect_timeout=0.4) as etcd,
+        ):
+            proxy.latency = 0.3
+            reasons = []
+            async with asyncio.timeout(20):
+                while True:
+                    try:
+                        await etcd.range(b"/x")
+                        break
+                    except StoreError as error:
+                        reasons.append(str(error))
+            assert 0 < len(reasons) <= 4
+            assert all("no answer" in reason for reason in reasons)
+            proxy.latency = 0
+            proxy.lose_everything()
+            start = time.monotonic()
+            await etcd.range(b"/x")
+            assert time.monotonic() - start < 0.4 + 0.4, "as short as ever after an answer"
 
     asyncio.run(scenario())
 
@@ -240,7 +269,7 @@ def guarded(start_shared: Start) -> EtcdProcess:
 
 def test_a_user_of_the_prefix_can_do_all_that_a_node_does(guarded: EtcdProcess) -> None:
     async def scenario() -> None:
-        async with client(guarded.endpoint, credentials=("node", PASSWORD)) as etcd:
+        async with client(guarded.endpoint, login=Login("node", PASSWORD)) as etcd:
             store = EtcdStore(etcd, "/net")
             own = await store.acquire(V4, offer(1), NOTHING)
             renewed = await store.renew(own)
@@ -257,7 +286,7 @@ def test_a_user_of_the_prefix_can_do_all_that_a_node_does(guarded: EtcdProcess) 
 
 def test_a_stale_token_is_replaced(guarded: EtcdProcess) -> None:
     async def scenario() -> None:
-        async with client(guarded.endpoint, credentials=("node", PASSWORD)) as etcd:
+        async with client(guarded.endpoint, login=Login("node", PASSWORD)) as etcd:
             troubles: list[str | None] = []
             store = EtcdStore(etcd, "/net", on_trouble=troubles.append)
             await etcd.range(b"/net/config")
@@ -274,25 +303,36 @@ def test_a_stale_token_is_replaced(guarded: EtcdProcess) -> None:
                 etcd._token = MADE_UP
                 await updates.until(lambda u: len(u.seen) > 1)
             assert etcd.requests["authenticate"] == 4
-            assert troubles[-1] is None
+            assert troubles == []
 
     asyncio.run(scenario())
 
 
 def test_what_is_wrong_with_the_password_is_said(guarded: EtcdProcess, shared_etcd: EtcdProcess) -> None:
-    wrong = answer(guarded.endpoint, credentials=("node", "incorrect"))
+    wrong = answer(guarded.endpoint, login=Login("node", "incorrect"))
     assert wrong.startswith(f"permanent: etcd at {guarded.endpoint}: wrong user name or password for 'node'")
     assert "incorrect" not in wrong
     assert "give --etcd-username" in answer(guarded.endpoint)
-    denied = answer(guarded.endpoint, credentials=("node", PASSWORD))
+    denied = answer(guarded.endpoint, login=Login("node", PASSWORD))
     assert denied.startswith("permanent: ")
     assert "permission denied for user 'node'" in denied
-    assert answer(shared_etcd.endpoint, credentials=("node", "unused")) == "", "no passwords there"
+    assert answer(shared_etcd.endpoint, login=Login("node", "unused")) == "", "no passwords there"
+
+
+def test_a_refused_password_is_not_sent_again_and_again(guarded: EtcdProcess) -> None:
+    async def scenario() -> None:
+        async with client(guarded.endpoint, login=Login("node", "incorrect")) as etcd:
+            for _ in range(5):
+                with pytest.raises(StoreError, match="wrong user name"):
+                    await etcd.range(b"/net/config")
+            assert etcd.requests == {"authenticate": 1}
+
+    asyncio.run(scenario())
 
 
 def test_a_permanent_error_ends_the_first_read_of_the_config(guarded: EtcdProcess) -> None:
     async def scenario() -> None:
-        async with client(guarded.endpoint, credentials=("node", "incorrect")) as etcd:
+        async with client(guarded.endpoint, login=Login("node", "incorrect")) as etcd:
             with pytest.raises(StoreError, match="wrong user name"):
                 await anext(EtcdStore(etcd, "/net").watch_config())
 
@@ -310,5 +350,7 @@ def test_unreachable_is_no_error_for_a_watch(shared_etcd: EtcdProcess, prefix: s
                 assert "connection refused" in str(await troubles.get())
                 await proxy.heal()
                 assert await waiting is None
+            async with asyncio.timeout(5):
+                assert await troubles.get() is None, "over, though nobody waits for more"
 
     asyncio.run(scenario())

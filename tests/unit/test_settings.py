@@ -20,6 +20,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "etcd-cafile": ("/ca", "/ca"),
     "etcd-username": ("u", "u"),
     "etcd-password": ("p=w", "p=w"),
+    "etcd-password-file": ("/pw", "/pw"),
     "iface": ("eth1,eth2", ("eth1,eth2",)),
     "iface-regex": (r"^eth\d$", (r"^eth\d$",)),
     "iface-can-reach": ("192.0.2.1", parse_address("192.0.2.1")),
@@ -51,6 +52,7 @@ PARTNERS = {
     "etcd-certfile": ["--etcd-keyfile=/k"],
     "etcd-username": ["--etcd-password=w"],
     "etcd-password": ["--etcd-username=u"],
+    "etcd-password-file": ["--etcd-username=u"],
 }
 
 
@@ -256,6 +258,11 @@ def test_a_bad_value_names_its_origin_and_the_rule(name: str, text: str, rule: s
         (["--etcd-certfile=k"], ["--etcd-keyfile", "--etcd-certfile"]),
         (["--etcd-username=u"], ["--etcd-username", "--etcd-password"]),
         (["--etcd-password=hunter2"], ["--etcd-username", "--etcd-password"]),
+        (["--etcd-password-file=/pw"], ["--etcd-username", "--etcd-password-file"]),
+        (
+            ["--etcd-username=u", "--etcd-password=hunter2", "--etcd-password-file=/pw"],
+            ["--etcd-password", "--etcd-password-file", "both"],
+        ),
     ],
 )
 def test_errors_of_the_command_line(argv: list[str], parts: list[str]) -> None:
