@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from random import Random
@@ -119,26 +118,6 @@ def test_keys_and_values_are_flannels_byte_for_byte(shared_etcd: EtcdProcess, pr
     for lease, ttl in ((one, 86_400), (two, 1234)):
         answer = shared_etcd.ctl_json("lease", "timetolive", f"{lease.etcd_lease_id:x}")
         assert answer["granted-ttl"] == ttl
-
-
-def test_five_hundred_nodes_join_at_once(shared_etcd: EtcdProcess, prefix: str) -> None:
-    config = parse_config('{"Network":"10.4.0.0/14"}')
-
-    async def scenario() -> None:
-        clients = [EtcdClient([shared_etcd.endpoint], call_timeout=30) for _ in range(10)]
-        nodes = [EtcdStore(clients[n % 10], prefix, random=Random(n)) for n in range(500)]
-        leases = await asyncio.gather(
-            *(node.acquire(config, offer(n), NOTHING) for n, node in enumerate(nodes, start=1))
-        )
-        assert len({lease.subnet for lease in leases}) == 500
-        assert len(await EtcdLab(clients[0], prefix).records()) == 500
-        requests = sum((client.requests for client in clients), Counter[str]())
-        assert requests["grant"] == 500
-        assert requests["range"] == 501, "a lost race is answered in the same request"
-        for client in clients:
-            await client.close()
-
-    asyncio.run(scenario())
 
 
 def test_pairs_that_share_one_family_are_not_both_leased(shared_etcd: EtcdProcess, prefix: str) -> None:
