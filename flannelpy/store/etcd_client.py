@@ -96,6 +96,7 @@ class EtcdClient:
         self._password = keep_password(login) if login is not None else str
         self._timeout = self._patience = call_timeout
         self._token: str | None = None
+        self._token_from: Member | None = None
         self._refused: _Refused | None = None
         self._authenticating = asyncio.Lock()
         self.requests: Counter[str] = Counter()
@@ -219,7 +220,9 @@ class EtcdClient:
                 self._forget(token)
                 renewed = True
             elif failure is not None:
-                self._adapt(late=failure.code is grpc.StatusCode.DEADLINE_EXCEEDED)
+                late = failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
+                self._adapt(late=late)
+                self._suspect(token, member, late=late)
                 await self._connection.leave(member)
                 raise self._error(member, f"the watch is lost: {self._reason(failure)}")
             else:
@@ -241,6 +244,7 @@ class EtcdClient:
                 continue
             if failure.code not in _LOST:
                 raise self._refusal(member, failure)
+            self._suspect(token, member, late=failure.code is grpc.StatusCode.DEADLINE_EXCEEDED)
             await self._connection.leave(member)
             # Without a connection nothing was sent.
             if not repeatable and not failure.details.startswith("failed to connect"):
@@ -276,13 +280,22 @@ class EtcdClient:
             return ""
         async with self._authenticating:
             if self._token is None:
-                self._token = await self._authenticate(member, self._login.user)
+                self._token, self._token_from = await self._authenticate(member, self._login.user), member
         return self._token
 
     def _forget(self, token: str) -> None:
         """This token is refused; another call may have a newer one already."""
         if self._token == token:
             self._token = None
+
+    def _suspect(self, token: str, member: Member, *, late: bool) -> None:
+        """A member that leaves a token from an earlier connection unanswered may be waiting for its time.
+
+        A simple token ends with an index of etcd's log. A member that has not reached it waits, for ever if
+        its history is another one: restored from a backup.
+        """
+        if late and member is not self._token_from:
+            self._forget(token)
 
     async def _authenticate(self, member: Member, user: str) -> str:
         """A token; empty when etcd does not ask for one.

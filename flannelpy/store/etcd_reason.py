@@ -29,6 +29,7 @@ _CONNECT = (
     ("ALERT_UNKNOWN_CA", "it refuses our client certificate (check --etcd-certfile)"),
     ("Handshake", "the TLS handshake failed (does it speak TLS? if not, use http://)"),
 )
+STOPPED_ANSWERING = "it stopped answering"
 _CLOSED = (
     "Socket closed",
     "Connection reset",
@@ -62,7 +63,7 @@ def call_reason(code: str, details: str) -> str:
     if code == "DEADLINE_EXCEEDED" and not details.startswith("etcdserver"):
         return "no answer in time"
     if "ping timeout" in details.lower() or "keepalive" in details.lower():
-        return "it stopped answering"
+        return STOPPED_ANSWERING
     if any(pattern in details for pattern in _CLOSED):
         return "connection lost"
     if details == _ENDED:

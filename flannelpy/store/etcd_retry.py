@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from random import Random
 
+from flannelpy.store.etcd_reason import STOPPED_ANSWERING
+
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 5.0
 _STEADY = 5.0
@@ -14,8 +16,8 @@ _STEADY = 5.0
 class Retry:
     """100 ms doubling to 5 s, each shortened by up to a half at random: thousands of nodes wait at once.
 
-    One lost connection that is replaced at once is no news; the second failure in a row, or the first of all,
-    is reported. Another reason is reported when it is there twice in a row: members that fail in different
+    One lost connection that is replaced at once is no news; the second failure in a row, the first of all, and
+    a server that hangs are reported. Another reason is reported when it is there twice in a row: members that fail in different
     ways take turns.
     """
 
@@ -44,7 +46,9 @@ class Retry:
         self._failures += 1
         settled = reason == self._reason or not self._reported
         self._reason = reason
-        if (self._failures > 1 or not self._ever) and settled and reason != self._reported:
+        # A server that hangs was silent for 15 s when that is seen: say it now.
+        is_news = self._failures > 1 or not self._ever or reason.endswith(STOPPED_ANSWERING)
+        if is_news and settled and reason != self._reported:
             self._reported = reason
             self._report(reason)
         await asyncio.sleep(self._delay())

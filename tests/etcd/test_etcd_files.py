@@ -18,6 +18,7 @@ from flannelpy.store.etcd_files import Kept, Login, read_password
 from tests.certificates import Authority, Issued
 from tests.etcd.conftest import Start
 from tests.etcd.store_contract import NOTHING, V4, Updates, offer
+from tests.etcd.test_renewal import backup, restore
 from tests.etcd_process import EtcdProcess
 
 pytestmark = pytest.mark.etcd
@@ -190,6 +191,26 @@ def test_a_token_that_ran_out_is_replaced_and_a_watch_outlives_it(start_etcd: St
             assert client._token != token
             assert client.requests["authenticate"] == 2
             assert client.requests["watch"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_token_of_a_lost_history_is_given_up(start_etcd: Start) -> None:
+    """It ends with an index of the log that an etcd restored from a backup waits for, and never reaches."""
+    etcd = guarded(start_etcd, "secret")
+
+    async def scenario() -> None:
+        client = EtcdClient([etcd.endpoint], None, Login("node", "secret"), call_timeout=1)
+        async with watching(client) as (_, own, updates):
+            saved = await asyncio.to_thread(backup, etcd)
+            for number in range(2, 20):
+                await asyncio.to_thread(put_peer, etcd, number)
+            await updates.until(lambda u: len(u.table) == 19)
+            client._token = None
+            await client.range(b"/net/config")
+            following = asyncio.create_task(updates.until(lambda u: list(u.table) == [own.key], 20))
+            await asyncio.to_thread(restore, etcd, saved)
+            await following
 
     asyncio.run(scenario())
 

@@ -12,9 +12,11 @@ import json
 import os
 import shutil
 import signal
+import sys
 from base64 import b64decode
 from collections.abc import Sequence
 from contextlib import suppress
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from flannelpy.cli.processes import LabError, Process, run, wait_until
 from tests.certificates import Authority, Issued
 
 PASSWORD = "correct horse"  # noqa: S105
+_ESTABLISHED = "01"
 _AUTH = (
     "user add root:root",
     "role add nodes",
@@ -51,6 +54,8 @@ class EtcdCluster:
         """What tells this cluster from another one of the same members."""
         self._user: tuple[str, ...] = ()
         self._cut: set[int] = set()
+        self.user: Process | None = None
+        """A daemon whose member is to be hit."""
 
     # --- where and how ---
 
@@ -189,6 +194,22 @@ class EtcdCluster:
                     return number
         raise LabError("etcd has no leader")
 
+    def member_of(self, daemon: Process) -> int:
+        """The member that a daemon talks to."""
+        for line in Path(f"/proc/{daemon.popen.pid}/net/tcp").read_text().splitlines()[1:]:
+            address, state = line.split()[2:4]
+            host, port = address.split(":")
+            if state == _ESTABLISHED and int(port, 16) == 2379:
+                found = IPv4Address(int.from_bytes(bytes.fromhex(host), sys.byteorder))
+                return [host.address for host in self.hosts].index(found)
+        raise LabError(f"{daemon.name} is not connected to etcd")
+
+    def let_lead(self, number: int) -> None:
+        """Make a member the leader."""
+        if (leader := self.leader()) != number:
+            status = json.loads(self.ctl("endpoint", "status", "--write-out=json", member=number))[0]
+            self.ctl("move-leader", f"{status['Status']['header']['member_id']:x}", member=leader)
+
     # --- a full disk ---
 
     def fill(self) -> None:
@@ -206,10 +227,14 @@ class EtcdCluster:
     def make_room(self) -> None:
         """What an operator does then."""
         self.ctl("del", "rubbish")
-        revision = json.loads(self.ctl("get", "x", "--write-out=json"))["header"]["revision"]
-        self.ctl("compact", str(revision), "--physical")
+        self.compact()
         self.ctl("defrag", patience=20)
         self.ctl("alarm", "disarm")
+
+    def compact(self) -> None:
+        """Forget all that is not the present state."""
+        revision = json.loads(self.ctl("get", "x", "--write-out=json"))["header"]["revision"]
+        self.ctl("compact", str(revision), "--physical")
 
     # --- other histories ---
 

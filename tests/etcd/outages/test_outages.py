@@ -6,24 +6,20 @@ The labs go through their faults at the same time, each in a thread. FLANNELPY_T
 import json
 import os
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Mapping
-from contextlib import suppress
-from datetime import datetime
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from flannelpy.cli.lab import ETCD_PREFIX, Lab
-from flannelpy.cli.processes import LabError, tail, wait_ready, wait_until
+from flannelpy.cli.lab import ETCD_PREFIX
+from flannelpy.cli.processes import run as run_program
+from flannelpy.cli.processes import tail, wait_until
 from tests.etcd.outages import faults
-from tests.etcd.outages.cluster import EtcdCluster
 from tests.etcd.outages.faults import Fault
-from tests.etcd.outages.witness import Flow, Routes, Usage, Watched
-from tests.netns.nodes import V4, peer, reach, routes
+from tests.etcd.outages.run import Outcome, Run, new_lab
+from tests.etcd.outages.witness import Flow, Routes
+from tests.netns.nodes import peer
 
 pytestmark = [pytest.mark.root, pytest.mark.etcd, pytest.mark.timeout(300)]
 
@@ -33,8 +29,6 @@ RECOVERY_LIMIT = 10.0
 """Seconds from the first write that etcd accepts to the last kernel that has it."""
 NOTICE_LIMIT = 20.0
 """Seconds until the log says that etcd cannot be used."""
-MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
-"""etcd syncs each write to disk."""
 QUOTA = "--quota-backend-bytes=16000000"
 
 
@@ -61,115 +55,13 @@ COURSES = (
 CASES = [(course, fault) for course in COURSES for fault in course.faults]
 
 
-class Outcome(NamedTuple):
-    """What was seen of one fault; times in seconds."""
-
-    lasted: float
-    usages: list[Usage]
-    """Of each daemon, while it lasted."""
-    noticed: float | None
-    """Until the last daemon said that etcd cannot be used."""
-    served: float | None
-    """From a write while the fault lasted until every kernel had it, if that was before its end."""
-    silent: float
-    """From the end of the fault until etcd accepted a write,"""
-    recovered: float
-    """and from then until every kernel had it."""
-    pings: int
-    lost: list[int]
-    written: list[str]
-    """The subnets of the peers that were added,"""
-    announced: list[list[str]]
-    """and of which routes each kernel spoke."""
-    own: tuple[object, object]
-    """The nodes' own records before and after."""
-
-
-class Run:
-    """One lab on its course."""
-
-    def __init__(self, course: Course, lab: Lab) -> None:
-        self._lab = lab
-        flags = [QUOTA] if faults.NO_SPACE in course.faults else []
-        self.cluster = EtcdCluster(lab, course.members, secure=course.secure, flags=flags)
-        self.cluster.set_up(V4)
-        self._nodes = [lab.add_node() for _ in range(2)]
-        self.cluster.fix_neighbours([*self.cluster.hosts, *self._nodes])
-        wait_ready([lab.start_daemon(node, flags=self.cluster.daemon_flags) for node in self._nodes])
-        for node in self._nodes:
-            lab.add_pod(node)
-        wait_until(lambda: self._everywhere(1), "the routes between the nodes")
-        reach(lab, self._nodes[0], str(self._nodes[1].pods[0].address).partition("/")[0])
-
-    def through(self, fault: Fault) -> Outcome:
-        """One fault, from its begin to the recovery."""
-        own = self.cluster.records()
-        flow, monitors = Flow(self._lab, *self._nodes), [Routes(self._lab, node) for node in self._nodes]
-        daemons = [Watched(node.daemon) for node in self._nodes if node.daemon]
-        written: list[str] = []
-        began = time.time()
-        with fault.happens(self.cluster):
-            served = self._try_to_add_a_peer(written, began + fault.seconds)
-            while time.time() < began + fault.seconds:
-                time.sleep(0.1)
-            usages = [daemon.usage() for daemon in daemons]
-            lasted = time.time() - began
-        ended = time.time()
-        wait_until(lambda: self._add_peer(written), "etcd to accept a write", 30)
-        accepted = time.time()
-        wait_until(lambda: self._everywhere(1 + len(written)), f"{fault.name}: the new peer's route", 30)
-        recovered = time.time() - accepted
-        answers, lost = flow.end()
-        announced = [monitor.end() for monitor in monitors]
-        after = {name: record for name, record in self.cluster.records().items() if name in own}
-        self.cluster.ctl("del", "--prefix", f"{ETCD_PREFIX}/subnets/10.5.5")
-        wait_until(lambda: self._everywhere(1), f"{fault.name}: the peers' routes to go")
-        notices = [_first_notice(usage) for usage in usages]
-        noticed = max(notices) - began if all(notices) else None
-        return Outcome(
-            lasted, usages, noticed, served, accepted - ended, recovered, answers, lost, written, announced,
-            (own, after),
-        )  # fmt: skip
-
-    def _try_to_add_a_peer(self, written: list[str], deadline: float) -> float | None:
-        """How long every kernel took, if etcd takes it at all and they have it before the deadline."""
-        start = time.time()
-        with suppress(LabError):
-            # A new leader has to be chosen first, perhaps.
-            wait_until(lambda: self._add_peer(written), "etcd to accept a write", 10)
-            wait_until(lambda: self._everywhere(1 + len(written)), "the peer's route", deadline - start)
-            return time.time() - start
-        return None
-
-    def _add_peer(self, written: list[str]) -> bool:
-        subnet = f"10.5.{50 + len(written)}.0/24"
-        key = f"{ETCD_PREFIX}/subnets/{subnet.replace('/', '-')}"
-        try:
-            self.cluster.ctl("put", key, json.dumps(peer(100 + len(written))), patience=4)
-        except LabError:
-            return False
-        written.append(subnet)
-        return True
-
-    def _everywhere(self, number: int) -> bool:
-        return all(routes(self._lab, node) == number for node in self._nodes)
-
-
-def _first_notice(usage: Usage) -> float:
-    """When a daemon said that it goes on alone, as a UNIX time; 0 = it did not."""
-    for line in usage.lines:
-        if "the network goes on with what was known" in line:
-            return datetime.fromisoformat(line.split()[0]).timestamp()
-    return 0.0
-
-
 def _go_through(number: int, course: Course, wanted: list[Fault], found: dict[object, Outcome | str]) -> None:
-    """A thread's work. Processes end with the thread that started them: the lab lives and dies in here."""
-    memory = tempfile.TemporaryDirectory(prefix="fpt", dir=MEMORY, ignore_cleanup_errors=True)
-    with memory as folder, Lab(f"fpt{os.getpid()}-o{number}-", Path(folder) / "lab") as lab:
+    """A thread's work."""
+    with new_lab(f"o{number}") as lab:
         fault = wanted[0]
         try:
-            run = Run(course, lab)
+            flags = [QUOTA] if faults.NO_SPACE in course.faults else []
+            run = Run(lab, course.members, secure=course.secure, flags=flags)
             for fault in wanted:
                 found[course, fault] = run.through(fault)
         except Exception as error:  # noqa: BLE001  # of whatever kind: the test of this fault tells it
@@ -241,3 +133,38 @@ def test_a_fault_of_etcd_is_not_one_of_the_network(
     for lines in outcome.announced:
         assert sorted(line.split()[0] for line in lines) == outcome.written, "each once, and nothing else"
     assert outcome.own[0] == outcome.own[1]
+
+
+def test_what_was_changed_and_compacted_meanwhile_is_a_difference() -> None:
+    """A peer has another MAC address, one has gone and one is new: only that is done, and once."""
+    with new_lab("c") as lab:
+        run, written = Run(lab, 1, secure=False), list[str]()
+        cluster, node = run.cluster, run.nodes[0]
+        assert run.add_peer(written)
+        assert run.add_peer(written)
+        wait_until(lambda: run.everywhere(3), "the peers' routes")
+        flow, monitors = Flow(lab, *run.nodes), [Routes(lab, one) for one in run.nodes]
+        cluster.cut_off(0)
+        cluster.stop(0)
+        cluster.start(0)
+        cluster.wait()
+        data = {"VNI": 1, "VtepMAC": "02:00:00:00:be:ef"}
+        cluster.ctl("put", f"{ETCD_PREFIX}/subnets/10.5.50.0-24", json.dumps(peer(100, BackendData=data)))
+        cluster.ctl("del", f"{ETCD_PREFIX}/subnets/10.5.51.0-24")
+        cluster.ctl("put", f"{ETCD_PREFIX}/subnets/10.5.52.0-24", json.dumps(peer(102)))
+        cluster.compact()
+        cluster.cut_off(0, off=False)
+
+        def follows(name: str) -> bool:
+            neighbours = run_program("ip", "neigh", "show", "dev", "flannel.1", netns=name)
+            return "10.5.50.0 lladdr 02:00:00:00:be:ef" in neighbours and "10.5.51.0" not in neighbours
+
+        wait_until(lambda: all(follows(one.netns) for one in run.nodes), "the difference", 30)
+        fdb = run_program("bridge", "fdb", "show", "dev", "flannel.1", netns=node.netns)
+        assert "02:00:00:00:be:ef dst 192.168.77.100" in fdb
+        assert "02:00:00:00:01:64" not in fdb, "the old MAC address"
+        wait_until(lambda: run.everywhere(3), "the routes")
+        assert flow.end()[1] == []
+        for monitor in monitors:
+            changes = sorted(line.split(" nhid")[0] for line in monitor.end())
+            assert changes == ["10.5.52.0/24", "Deleted 10.5.51.0/24"]

@@ -66,13 +66,17 @@ def test_waits_double_up_to_five_seconds_and_differ(monkeypatch: pytest.MonkeyPa
         for reason in ("a", "b", "a", "b", "b"):
             now[0] += 1
             await retry.failed(reason)
+        retry.succeeded()
+        now[0] = 100.0
+        await retry.failed("the watch is lost: it stopped answering")
 
     asyncio.run(scenario())
-    longest = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2]
+    longest = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 0.1]
     assert all(limit / 2 <= wait <= limit for wait, limit in zip(waits, longest, strict=True))
     assert len(set(waits)) == len(waits)
     dropped = "dropped at once: still the same trouble"
-    assert reports == ["no", None, dropped, None, "a", "b"]
+    hung = "the watch is lost: it stopped answering"
+    assert reports == ["no", None, dropped, None, "a", "b", None, hung]
 
 
 def test_prefixes_are_used_as_flannel_does() -> None:
