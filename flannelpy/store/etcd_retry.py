@@ -16,9 +16,9 @@ _STEADY = 5.0
 class Retry:
     """100 ms doubling to 5 s, each shortened by up to a half at random: thousands of nodes wait at once.
 
-    One lost connection that is replaced at once is no news; the second failure in a row, the first of all, and
-    a server that hangs are reported. Another reason is reported when it is there twice in a row: members that fail in different
-    ways take turns.
+    One lost connection that is replaced at once is no news. Reported are the second failure in a row, the
+    first of all, and a server that hangs. Another reason is reported when it is there twice in a row: members
+    that fail in different ways take turns.
     """
 
     def __init__(self, random: Random, report: Callable[[str | None], None]) -> None:

@@ -10,13 +10,12 @@ So a member can be cut off without touching anybody else, and its processes can 
 
 import json
 import os
+import re
 import shutil
 import signal
-import sys
 from base64 import b64decode
 from collections.abc import Sequence
 from contextlib import suppress
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from flannelpy.cli.processes import LabError, Process, run, wait_until
 from tests.certificates import Authority, Issued
 
 PASSWORD = "correct horse"  # noqa: S105
-_ESTABLISHED = "01"
 _AUTH = (
     "user add root:root",
     "role add nodes",
@@ -54,8 +52,8 @@ class EtcdCluster:
         """What tells this cluster from another one of the same members."""
         self._user: tuple[str, ...] = ()
         self._cut: set[int] = set()
-        self.user: Process | None = None
-        """A daemon whose member is to be hit."""
+        self.user: Node | None = None
+        """A node whose member is to be hit."""
 
     # --- where and how ---
 
@@ -85,7 +83,7 @@ class EtcdCluster:
         """What etcdctl prints. It runs on a member's host: if all are cut off, it can still ask one."""
         reachable = [host for number, host in enumerate(self.hosts) if number not in self._cut] or self.hosts
         hosts = reachable if member is None else [self.hosts[member]]
-        command = ["env", "ETCDCTL_API=3", "etcdctl", f"--command-timeout={patience:g}s", "--dial-timeout=1s",
+        command = ["env", "ETCDCTL_API=3", "etcdctl", f"--command-timeout={patience:g}s", "--dial-timeout=3s",
                    "--endpoints=" + ",".join(self._url(host, 2379) for host in hosts)]  # fmt: skip
         if self._authority and self._client:
             command += [f"--cacert={self._authority.file}", f"--cert={self._client.certificate}",
@@ -194,15 +192,13 @@ class EtcdCluster:
                     return number
         raise LabError("etcd has no leader")
 
-    def member_of(self, daemon: Process) -> int:
-        """The member that a daemon talks to."""
-        for line in Path(f"/proc/{daemon.popen.pid}/net/tcp").read_text().splitlines()[1:]:
-            address, state = line.split()[2:4]
-            host, port = address.split(":")
-            if state == _ESTABLISHED and int(port, 16) == 2379:
-                found = IPv4Address(int.from_bytes(bytes.fromhex(host), sys.byteorder))
-                return [host.address for host in self.hosts].index(found)
-        raise LabError(f"{daemon.name} is not connected to etcd")
+    def member_of(self, node: Node) -> int:
+        """The member that a node's daemon talks to."""
+        text = run("ss", "-Htn", "state", "established", "dport", "=", ":2379", netns=node.netns)
+        found = re.findall(r"([\d.]+)\]?:2379", text)
+        if not found:
+            raise LabError(f"{node.name} is not connected to etcd")
+        return [str(host.address) for host in self.hosts].index(found[0])
 
     def let_lead(self, number: int) -> None:
         """Make a member the leader."""

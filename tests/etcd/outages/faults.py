@@ -127,7 +127,7 @@ def _in_turn(cluster: EtcdCluster) -> Iterator[None]:
 STOPPED = Fault("stopped", _stopped, unreachable=True)
 KILLED = Fault("killed", _killed, unreachable=True)
 BLACK_HOLE = Fault("packets dropped both ways", _black_hole, 25, unreachable=True)
-SLOW = Fault("restarted, and slow", _slow, 20, served=True)
+SLOW = Fault("restarted, and slow", _slow, 24, served=True)
 NO_SPACE = Fault("out of space", _no_space)
 FOLLOWER_LOST = Fault("a follower lost", _follower_lost, served=True)
 LEADER_LOST = Fault("the leader lost", _leader_lost, served=True)

@@ -10,15 +10,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from flannelpy.cli.lab import ETCD_PREFIX, Lab
+from flannelpy.cli.lab import ETCD_PREFIX, Lab, Node
 from flannelpy.cli.processes import LabError, wait_ready, wait_until
 from tests.etcd.outages.cluster import EtcdCluster
 from tests.etcd.outages.faults import Fault
 from tests.etcd.outages.witness import Flow, Routes, Usage, Watched
-from tests.netns.nodes import V4, peer, reach, routes
+from tests.netns.nodes import V4, log_of, peer, reach, routes
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """etcd syncs each write to disk."""
+
+
+ALONE, BACK = "the network goes on with what was known", "the store answers again"
+"""What a daemon says when it cannot use etcd, and when that is over."""
 
 
 @contextmanager
@@ -65,7 +69,7 @@ class Run:
         wait_ready([lab.start_daemon(node, flags=self.cluster.daemon_flags) for node in self.nodes])
         for node in self.nodes:
             lab.add_pod(node)
-        self.cluster.user = self.nodes[0].daemon
+        self.cluster.user = self.nodes[0]
         wait_until(lambda: self.everywhere(1), "the routes between the nodes")
         reach(lab, self.nodes[0], str(self.nodes[1].pods[0].address).partition("/")[0])
 
@@ -87,6 +91,9 @@ class Run:
         accepted = time.time()
         wait_until(lambda: self.everywhere(1 + len(written)), f"{fault.name}: the new peer's route", 30)
         recovered = time.time() - accepted
+        wait_until(
+            lambda: all(map(_is_calm, self.nodes)), f"{fault.name}: the daemons to say that it is over", 20
+        )
         answers, lost = flow.end()
         announced = [monitor.end() for monitor in monitors]
         after = {name: record for name, record in self.cluster.records().items() if name in own}
@@ -104,7 +111,7 @@ class Run:
         start = time.time()
         with suppress(LabError):
             # A new leader has to be chosen first, perhaps.
-            wait_until(lambda: self.add_peer(written), "etcd to accept a write", 10)
+            wait_until(lambda: self.add_peer(written), "etcd to accept a write", 12)
             wait_until(lambda: self.everywhere(1 + len(written)), "the peer's route", deadline - start)
             return time.time() - start
         return None
@@ -125,9 +132,16 @@ class Run:
         return all(routes(self.lab, node) == number for node in self.nodes)
 
 
+def _is_calm(node: Node) -> bool:
+    """Whether a daemon has said that the trouble is over, if it had said that there is some."""
+    assert node.daemon is not None
+    said = [line for line in log_of(node.daemon).splitlines() if ALONE in line or BACK in line]
+    return not said or BACK in said[-1]
+
+
 def _first_notice(usage: Usage) -> float:
     """When a daemon said that it goes on alone, as a UNIX time; 0 = it did not."""
     for line in usage.lines:
-        if "the network goes on with what was known" in line:
+        if ALONE in line:
             return datetime.fromisoformat(line.split()[0]).timestamp()
     return 0.0
