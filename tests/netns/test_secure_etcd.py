@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 
 from flannelpy.cli.lab import ETCD_PREFIX, Lab
-from flannelpy.cli.processes import LabError, run, wait_ready, wait_until
+from flannelpy.cli.processes import LabError, run, stop, wait_ready, wait_until
 from tests.certificates import Authority
 from tests.netns.nodes import (
     V4,
@@ -92,4 +92,10 @@ def test_user_and_password(lab: Lab) -> None:
     wrong = lab.start_daemon(node, flags=["--etcd-username=root", "--etcd-password=secret-2"])
     assert_fails(wrong, 6, "password")
     assert "secret-2" not in log_of(wrong)
-    wait_ready([lab.start_daemon(node, flags=["--etcd-username=root", "--etcd-password=secret-1"])])
+    file = lab.folder / "password"
+    for flag in ("--etcd-password=secret-1", f"--etcd-password-file={file}"):
+        file.write_text("secret-1\n")
+        daemon = lab.start_daemon(node, flags=["--etcd-username=root", flag])
+        wait_ready([daemon])
+        assert "secret-1" not in log_of(daemon)
+        stop([daemon])

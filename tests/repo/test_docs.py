@@ -142,6 +142,11 @@ def test_every_damage_that_is_tried_is_in_the_table_of_repairs() -> None:
     assert told == tried[0]
 
 
+def test_every_fault_of_etcd_that_is_tried_is_in_the_table_of_outages() -> None:
+    tried = set(re.findall(r'Fault\("([^"]+)"', (ROOT / "tests/etcd/outages/faults.py").read_text()))
+    assert tried == {cells[1] for cells in rows(section(REFERENCE, "## Outages of etcd"))}
+
+
 def test_waits_in_the_reference_are_those_of_the_program() -> None:
     for first, longest in (claim._RETRY_SECONDS, reconcile._RETRY_SECONDS):
         assert f"after {first:g} s, doubling to {longest:g} s" in REFERENCE
