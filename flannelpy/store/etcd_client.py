@@ -204,8 +204,8 @@ class EtcdClient:
             response: Any = None
             try:
                 with call_errors():
-                    await call.write(pb.WatchRequest(create_request=create))
                     async with asyncio.timeout(self._patience):
+                        await call.write(pb.WatchRequest(create_request=create))
                         response = await call.read()
             except CallError as error:
                 call.cancel()

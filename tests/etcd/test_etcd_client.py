@@ -159,6 +159,24 @@ def test_a_closed_client_says_so(shared_etcd: EtcdProcess) -> None:
     asyncio.run(scenario())
 
 
+def test_a_watch_that_cannot_even_be_asked_for_is_given_up(
+    shared_etcd: EtcdProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a channel closes in the wrong moment, grpc.aio may leave a write waiting for ever."""
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("grpc.aio._call.StreamStreamCall.write", never)
+
+    async def scenario() -> None:
+        async with client(shared_etcd.endpoint, call_timeout=0.3) as etcd, asyncio.timeout(5):
+            with pytest.raises(StoreError, match="no answer in time"):
+                await anext(etcd.watch(b"/x"))
+
+    asyncio.run(scenario())
+
+
 def test_a_cancelled_watch_ends_at_once(shared_etcd: EtcdProcess) -> None:
     async def scenario() -> None:
         async with client(shared_etcd.endpoint) as etcd:

@@ -79,7 +79,7 @@ async def watching(client: EtcdClient) -> AsyncIterator[tuple[EtcdStore, Lease, 
 
 
 def put_peer(etcd: EtcdProcess, number: int) -> None:
-    etcd.ctl("put", f"/net/subnets/10.5.{number}.0-24", '{"PublicIP":"192.0.2.1","BackendType":"alloc"}')
+    etcd.ctl("put", f"/net/subnets/10.9.{number}.0-24", '{"PublicIP":"192.0.2.1","BackendType":"alloc"}')
 
 
 def test_a_new_authority_needs_no_restart(
@@ -95,7 +95,7 @@ def test_a_new_authority_needs_no_restart(
         async with watching(EtcdClient([etcd.endpoint], pki.tls)) as (store, own, updates):
             pki.spoil()
             await asyncio.to_thread(etcd.kill)
-            following = asyncio.create_task(updates.until(lambda u: "10.5.2.0-24" in u.table, 20))
+            following = asyncio.create_task(updates.until(lambda u: "10.9.2.0-24" in u.table, 20))
             for _ in range(3):
                 with pytest.raises(StoreError):
                     await store.renew(own)
@@ -120,7 +120,7 @@ def test_a_certificate_whose_key_is_still_the_old_one_is_not_used(tmp_path: Path
     async def scenario() -> None:
         async with watching(EtcdClient([etcd.endpoint], pki.tls)) as (_, _, updates):
             shutil.copy(other.certificate, pki.tls.cert_file)
-            following = asyncio.create_task(updates.until(lambda u: "10.5.2.0-24" in u.table, 20))
+            following = asyncio.create_task(updates.until(lambda u: "10.9.2.0-24" in u.table, 20))
             await asyncio.to_thread(etcd.restart)
             await asyncio.to_thread(put_peer, etcd, 2)
             await following
@@ -152,7 +152,7 @@ def test_a_new_password_needs_no_restart(
         async with watching(client) as (store, _, updates):
             await asyncio.to_thread(_change_password, etcd, "new")
             await asyncio.to_thread(put_peer, etcd, 2)
-            await updates.until(lambda u: "10.5.2.0-24" in u.table)
+            await updates.until(lambda u: "10.9.2.0-24" in u.table)
             with pytest.raises(StoreError, match="check --etcd-username and --etcd-password-file"):
                 await store.acquire(V4, offer(1), NOTHING)
             file.write_text("")
@@ -164,7 +164,7 @@ def test_a_new_password_needs_no_restart(
             assert client.requests["authenticate"] == 3
             await asyncio.to_thread(etcd.restart)
             await asyncio.to_thread(put_peer, etcd, 3)
-            await updates.until(lambda u: "10.5.3.0-24" in u.table)
+            await updates.until(lambda u: "10.9.3.0-24" in u.table)
 
     asyncio.run(scenario())
     assert caplog.text.count("holds no password") == 1
@@ -186,7 +186,7 @@ def test_a_token_that_ran_out_is_replaced_and_a_watch_outlives_it(start_etcd: St
             # Nothing tells a client that its token has run out but a request, which would prolong it.
             await asyncio.sleep(3.5)
             await asyncio.to_thread(put_peer, etcd, 2)
-            await updates.until(lambda u: "10.5.2.0-24" in u.table)
+            await updates.until(lambda u: "10.9.2.0-24" in u.table)
             assert await store.renew(own) is not None
             assert client._token != token
             assert client.requests["authenticate"] == 2
