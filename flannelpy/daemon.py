@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flannelpy import __version__, control, state_file, subnet_env
 from flannelpy.backend import Backend, load
-from flannelpy.errors import FlannelpyError
+from flannelpy.errors import FlannelpyError, KernelError
 from flannelpy.health import Health
 from flannelpy.kernel import instance
+from flannelpy.kernel.firewall import Firewall, firewall, remove_all
 from flannelpy.kernel.linux import LinuxKernel, require_privileges
 from flannelpy.log import setup as setup_log
 from flannelpy.model.address import Address, parse_address
@@ -33,10 +34,11 @@ from flannelpy.model.kernel import Scope, State
 from flannelpy.model.leftover import leftover_devices
 from flannelpy.model.plan import plan
 from flannelpy.model.subnet import Previous
+from flannelpy.model.traffic import Wishes
 from flannelpy.model.uplink import Wish
 from flannelpy.node import PATIENCE_SECONDS, Node, Parts
 from flannelpy.notify import Notify
-from flannelpy.settings import Settings, describe
+from flannelpy.settings import DEFAULT, Settings, describe
 from flannelpy.state_file import Memory, Origin
 from flannelpy.store import Store
 
@@ -100,8 +102,6 @@ async def _run_until_signal(settings: Settings, notify: Notify) -> None:
 async def _serve(settings: Settings, notify: Notify) -> None:
     """One node's life."""
     log.info("flannelpy %s: %s", __version__, describe(settings))
-    for note in settings.notes():
-        log.warning("%s", note)
     if settings.ignored_words:
         # Not the words themselves: after `--etcd-password= secret` one of them is the secret.
         log.warning("ignored after the flags: %d word(s)", len(settings.ignored_words))
@@ -140,6 +140,8 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             notify.status(text)
             log.info("ready: %s", text)
 
+        traffic, rules = await _firewall(settings, config, previous, health)
+        stack.callback(rules.close)
         parts = Parts(
             store=store,
             host=host,
@@ -163,7 +165,9 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             store_is_silent=silent,
             save=partial(_save, settings),
             write_subnet_env=partial(_write_subnet_env, settings.subnet_file),
-            ip_masq=settings.ip_masq,
+            firewall=rules,
+            traffic=traffic,
+            blackhole=settings.ip_blackhole_route,
             on_ready=ready,
             health=health,
             random=Random(),  # noqa: S311  # spreads load, guards nothing
@@ -173,6 +177,31 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             control.path_for(settings.subnet_file), {"held": node.held, "confirm": node.confirm}
         ):
             await node.live()
+
+
+async def _firewall(
+    settings: Settings, config: NetworkConfig, previous: Previous, health: Health
+) -> tuple[Wishes, Firewall]:
+    """What the flags ask for, and where it is kept.
+
+    Forward rules are on by default, and flannel goes on without the program that sets them. So do we, and
+    say it; what was asked for by name is worth an error.
+    """
+    wishes = Wishes(
+        settings.ip_masq, settings.iptables_forward_rules, not settings.ip_masq_fully_random_disable
+    )
+    enabled = [bits for bits, on in ((32, config.enable_ipv4), (128, config.enable_ipv6)) if on]
+    before = [bits for bits, known in ((32, previous.network), (128, previous.network6)) if known]
+    make = partial(firewall, use_nftables=config.enable_nftables, resync=settings.iptables_resync)
+    try:
+        return wishes, await make(enabled if wishes.masquerade or wishes.forward else (), before)
+    except KernelError as error:
+        asked = settings.ip_masq or settings.sources["iptables-forward-rules"] != DEFAULT
+        if asked:
+            raise
+        health.rules_trouble = f"no forward rules: {error}"
+        log.warning("%s; or set --iptables-forward-rules=false", health.rules_trouble)
+        return wishes._replace(forward=False), await make((), before)
 
 
 class Cleaned(NamedTuple):
@@ -206,7 +235,8 @@ def clean_up(subnet_file: str, *, remove: bool) -> Cleaned:
                 instance.refuse_flannel("", [key[1] for key in observed.addresses])
             ops = plan(State(), observed)
             failures = host.apply(ops) if remove else []
-    objects = [str(op.item) for op in ops]
+            rules = asyncio.run(remove_all(remove=remove))
+    objects = [str(op.item) for op in ops] + [word.removeprefix("removed ") for word in rules]
     if previous != Previous() or warning:
         objects.append(f"file {subnet_file}")
         if remove:

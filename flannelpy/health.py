@@ -21,6 +21,8 @@ class Health:
         """Peers without a record, kept since the store began a new history."""
         self.config_pending: str | None = None
         """Why the store's network config is not the one that is running; None = it is."""
+        self.rules_trouble: str | None = None
+        """Why masquerade or forward rules do not stand, or do not help; None = all is well."""
         self.peers = 0
         """Peers that are programmed, or will be with the next pass."""
         self.refused: dict[str, str] = {}

@@ -26,8 +26,14 @@ class Metrics:
 
     def note_repair(self, ops: Iterable[Op], seconds: float) -> None:
         """Count what a repair did."""
+        kinds = []
         for op in ops:
             verb = "remove" if isinstance(op, Remove) else "change" if op.was is not None else "add"
-            self.repairs[f"{verb} {type(op.item).__name__}"] += 1
+            kinds.append(f"{verb} {type(op.item).__name__}")
+        self.count_repairs(kinds, seconds)
+
+    def count_repairs(self, kinds: Iterable[str], seconds: float) -> None:
+        """The same for kinds that are named already, as "add Route"."""
+        self.repairs.update(kinds)
         self.last_repair_seconds = seconds
         self.longest_repair_seconds = max(self.longest_repair_seconds, seconds)

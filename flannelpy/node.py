@@ -25,8 +25,10 @@ from flannelpy.model.kernel import Link, Notice, Scope, Shaken
 from flannelpy.model.lease import Delta, Lease, LeaseAttrs, Snapshot, same_node
 from flannelpy.model.leftover import leftover_devices
 from flannelpy.model.subnet import Previous, is_compatible
+from flannelpy.model.traffic import RuleSet, Wishes, rules
 from flannelpy.model.uplink import DefaultRoute, Interface, NoUplink, Uplink, Wish, choose
 from flannelpy.reconcile import Kernel, Reconciler
+from flannelpy.rules import Firewall, Rules
 from flannelpy.state_file import Memory, Origin
 from flannelpy.store import TTL_SECONDS, Store
 
@@ -95,7 +97,11 @@ class Parts(NamedTuple):
     """The config is from memory already."""
     save: Callable[[Memory], None]
     write_subnet_env: Callable[[str], None]
-    ip_masq: bool
+    firewall: Firewall | None
+    """Where masquerade and forward rules are kept; None = nowhere."""
+    traffic: Wishes
+    blackhole: bool
+    """Keep a blackhole route to our own subnet."""
     on_ready: Callable[[str], None]
     """Told, in one line, when the node is ready."""
     health: Health
@@ -134,6 +140,7 @@ class Node:
             self._knowledge.held,
         )
         self._reconciler: Reconciler | None = None
+        self._rules: Rules | None = None
         self._env = ""
         self._looking_again = False
 
@@ -153,8 +160,12 @@ class Node:
             parts.random,
             self._learn,
             from_memory=from_memory,
+            blackhole=parts.blackhole,
         )
         reconciler.prepare()
+        if parts.firewall is not None:
+            self._rules = Rules(parts.firewall, self._decide_rules, own, parts.health)
+            await self._rules.prepare()
         self._write_subnet_env(own)
         if from_memory:
             reconciler.offer(Delta(self._knowledge.all_leases(), (), 0))
@@ -162,6 +173,9 @@ class Node:
             tasks.create_task(self._follow_store(reconciler), name="follow the peers")
             tasks.create_task(self._follow_kernel(reconciler), name="follow the kernel")
             tasks.create_task(reconciler.run(), name="reconcile")
+            if self._rules is not None:
+                tasks.create_task(self._rules.listen(), name="follow the rules")
+                tasks.create_task(self._rules.run(), name="keep the rules")
             tasks.create_task(self._claim.keep(), name="keep the lease")
             tasks.create_task(self._tell_ready(reconciler, own), name="tell when ready")
             knowledge = self._knowledge
@@ -338,6 +352,7 @@ class Node:
                 net for net in (config.network, config.network6) if net and parts.backend.follows_peers
             ),
             takeover_lengths=(config.subnet_len, config.subnet6_len),
+            takeover_blackholes=tuple(subnets),
         )
 
     def _warn_of_overlaps(self, own: Lease) -> None:
@@ -364,13 +379,20 @@ class Node:
 
     def _moved(self, own: Lease) -> None:
         """Our lease is another one now, or tells something else."""
-        if self._reconciler is not None:
-            self._reconciler.move(own)
+        if self._reconciler is None:
+            return
+        self._reconciler.move(own)
+        if self._rules is not None:
+            self._rules.move(own, lambda: self._write_subnet_env(own))
+        else:
             self._write_subnet_env(own)
+
+    def _decide_rules(self, own: Lease) -> RuleSet:
+        return rules(self._parts.config, own, self._parts.traffic)
 
     def _write_subnet_env(self, own: Lease) -> None:
         parts = self._parts
-        text = subnet_env.render(parts.config, own, parts.backend.mtu(self._facts), parts.ip_masq)
+        text = subnet_env.render(parts.config, own, parts.backend.mtu(self._facts), parts.traffic.masquerade)
         if text == self._env:
             return
         if self._env:

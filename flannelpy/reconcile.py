@@ -21,6 +21,7 @@ from flannelpy.model.kernel import Appeared, DeviceAddress, Item, Link, Notice, 
 from flannelpy.model.lease import Lease, LeaseUpdate, Snapshot
 from flannelpy.model.peers import Peers
 from flannelpy.model.plan import Op, Refusals, Remove, note_done, plan, plan_part, stages
+from flannelpy.model.traffic import blackholes
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Reconciler:
         learn: Callable[[Facts], Facts],
         *,
         from_memory: bool = False,
+        blackhole: bool = False,
     ) -> None:
         self._kernel = kernel
         self._backend = backend
@@ -103,6 +105,7 @@ class Reconciler:
         self._learn = learn
         self._from_memory = from_memory
         """The peers of an earlier life stand in for the store's, until it answers."""
+        self._blackhole = blackhole
         self._peers = Peers(config, own, self._needs, facts.protected)
         self._observed = State()
         self._inbox: asyncio.Queue[tuple[LeaseUpdate | list[Notice] | None, float]] = asyncio.Queue()
@@ -212,7 +215,7 @@ class Reconciler:
         if self._all_dirty and asyncio.get_running_loop().time() >= self._not_before:
             await self._full_pass("leases changed" if work.updates else "trying again", work.since)
         elif len(touched) and self.first_pass_done.is_set():
-            own = self._backend.own(self._own, self._facts)
+            own = self._own_state()
             ops = plan_part([own, self._peers.state], self._observed, touched)
             if not self._peers.synced:
                 ops = _wanted_now(ops)
@@ -261,7 +264,7 @@ class Reconciler:
         self._observed = observed
         self._facts = self._facts._replace(links=observed.links)
         self._refresh_on_link()
-        desired = self._backend.own(self._own, self._facts)
+        desired = self._own_state()
         desired.update(self._peers.state)
         ops = plan(desired, observed)
         if not self._peers.synced:
@@ -333,6 +336,13 @@ class Reconciler:
         self._retry_at = now + self._retry
 
     # --- facts -------------------------------------------------------------------------------------------
+
+    def _own_state(self) -> State:
+        """What must exist for ourselves, whoever the peers are."""
+        state = self._backend.own(self._own, self._facts)
+        if self._blackhole:
+            state.add(blackholes(self._own))
+        return state
 
     def _needs(self, lease: Lease) -> tuple[tuple[Item, ...], str | None]:
         return self._backend.peer(lease, self._facts)

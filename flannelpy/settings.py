@@ -77,14 +77,6 @@ class Settings(NamedTuple):
     sources: Mapping[str, str] = MappingProxyType({})
     """Flag name -> "default", "command line" or the name of a variable."""
 
-    def notes(self) -> tuple[str, ...]:
-        """One-line warnings for the start: defaults of flannel that this version does not fulfil yet."""
-        return tuple(
-            f"{row.what} are not in this version yet: --{row.flag} has no effect; {row.advice}"
-            for row in _UNAVAILABLE
-            if self.sources.get(row.flag, DEFAULT) == DEFAULT and row.asked(self)
-        )
-
     def __repr__(self) -> str:
         return f"Settings({describe(self)})"
 
@@ -93,7 +85,6 @@ class _Unavailable(NamedTuple):
     flag: str
     what: str
     accepted: str
-    advice: str = ""
 
     def asked(self, settings: Settings) -> bool:
         """Whether the value asks for the feature (a boolean is an int)."""
@@ -103,14 +94,6 @@ class _Unavailable(NamedTuple):
 
 # What later versions bring: delete a row when the feature stands.
 _UNAVAILABLE = (
-    _Unavailable("ip-masq", "masquerade rules", "false"),
-    _Unavailable(
-        "iptables-forward-rules",
-        "forward rules",
-        "false",
-        "where the FORWARD policy is DROP (Docker sets it), accept the overlay network there yourself",
-    ),
-    _Unavailable("ip-blackhole-route", "blackhole routes", "false"),
     _Unavailable("kube-subnet-mgr", "subnets from Kubernetes", "false"),
     _Unavailable("healthz-port", "health endpoints", "0"),
 )

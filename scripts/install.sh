@@ -24,6 +24,8 @@ missing_packages() {
 etcd etcd-server
 etcdctl etcd-client
 ip iproute2
+iptables iptables
+nft nftables
 ping iputils-ping
 sysctl procps
 systemd-analyze systemd

@@ -12,9 +12,9 @@ def main(argv: list[str]) -> int:
     """Show what would be removed, or remove it with --yes."""
     parser = argparse.ArgumentParser(
         prog="flannelpy cleanup",
-        description="Remove from this host what flannelpy made: devices, routes, neighbours, FDB entries and"
-        " subnet.env. Shows only what it would remove, unless --yes is given. The lease in etcd stays: it"
-        " expires by itself, or delete its key.",
+        description="Remove from this host what flannelpy made: devices, routes, neighbours, FDB entries,"
+        " masquerade and forward rules, and subnet.env. Only shows them, unless --yes is given."
+        " The lease in etcd stays: it expires by itself, or delete its key.",
     )
     parser.add_argument("--yes", action="store_true", help="really remove it")
     parser.add_argument(

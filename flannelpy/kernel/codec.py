@@ -29,7 +29,7 @@ NTF_SELF = 0x02
 NUD_PERMANENT = 0x80
 RT_TABLE_MAIN = 254
 RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255
-RTN_UNICAST = 1
+RTN_UNICAST, RTN_BLACKHOLE = 1, 6
 RTNH_F_ONLINK = 4
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 IFA_F_NODAD, IFA_F_DEPRECATED, IFA_F_PERMANENT, IFA_F_TEMPORARY = 0x02, 0x20, 0x80, 0x01
@@ -295,13 +295,16 @@ def route_put(route: Route, nexthop: int, *, replace: bool) -> Message:
 
 
 def plain_route_put(route: Route, index: int, *, replace: bool) -> Message:
-    """A route through a device, and a gateway if there is one; `replace` as above."""
+    """A route through a device, and a gateway if there is one; index 0 = a blackhole. `replace` as above."""
     address, length = route.destination
+    kind = RTN_UNICAST if index else RTN_BLACKHOLE
     body = RTMSG.pack(
-        *(family(address), length, 0, 0, RT_TABLE_MAIN, route.protocol, RT_SCOPE_UNIVERSE, RTN_UNICAST),
+        *(family(address), length, 0, 0, RT_TABLE_MAIN, route.protocol, RT_SCOPE_UNIVERSE, kind),
         RTNH_F_ONLINK if route.onlink else 0,
     )
-    body += attr(RTA_DST, address) + attr_u32(RTA_PRIORITY, route.metric) + attr_u32(RTA_OIF, index)
+    body += attr(RTA_DST, address) + attr_u32(RTA_PRIORITY, route.metric)
+    if index:
+        body += attr_u32(RTA_OIF, index)
     if route.gateway is not None:
         body += attr(RTA_GATEWAY, route.gateway)
     return Message(RTM_NEWROUTE, NLM_F_CREATE | (NLM_F_REPLACE if replace else NLM_F_EXCL), body)

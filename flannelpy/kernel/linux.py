@@ -24,6 +24,7 @@ from flannelpy.kernel.replies import RouteInfo
 from flannelpy.kernel.routes import main_routes, routes_elsewhere
 from flannelpy.model.address import Address, Prefix
 from flannelpy.model.kernel import (
+    BLACKHOLE,
     PROTOCOL_KERNEL,
     ROUTE_PROTOCOL,
     DeviceAddress,
@@ -240,7 +241,9 @@ class LinuxKernel:
         through = self._nexthops.by_number.get(info.nexthop)
         if through is not None:
             gateway, onlink = through.gateway, through.onlink
-        device = names.get(info.ifindex, "")
+        if info.type == codec.RTN_BLACKHOLE:
+            return Route(info.destination, BLACKHOLE, None, protocol=info.protocol, metric=info.metric)
+        device = names.get(info.ifindex, "?")
         return Route(info.destination, device, gateway, onlink, info.protocol, info.metric, info.extra)
 
     # --- apply -------------------------------------------------------------------------------------------
@@ -357,7 +360,7 @@ class LinuxKernel:
         return (link.ifindex, route.gateway) if link is not None else None
 
     def _route_messages(self, route: Route, *, replace: bool) -> list[Message]:
-        index = self._links.index(route.device)
+        index = self._links.index(route.device) if route.device != BLACKHOLE else 0
         way = self._way(route)
         if way is None:
             self._nexthops.use(route.key, 0)

@@ -34,10 +34,10 @@ class NetlinkError(OSError):
 
 
 class NetlinkSocket:
-    """One rtnetlink socket in the network namespace of the calling thread. For one task at a time."""
+    """One netlink socket in the network namespace of the calling thread. For one task at a time."""
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
         self._socket.bind((0, 0))
         # An answer that does not come is a bug, not a reason to hang for ever.
         self._socket.settimeout(10)

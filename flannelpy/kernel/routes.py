@@ -42,8 +42,11 @@ def routes_elsewhere(netlink: NetlinkSocket, scope: Scope, ours: dict[int, str])
         found += [
             route
             for route in main_routes(netlink, protocol=PROTOCOL_BOOT, skip=ours)
-            if route.gateway is not None
-            and route.destination.length in scope.takeover_lengths
-            and any(net.contains(route.destination) for net in scope.takeover)
+            if (
+                route.gateway is not None
+                and route.destination.length in scope.takeover_lengths
+                and any(net.contains(route.destination) for net in scope.takeover)
+            )
+            or (route.type == codec.RTN_BLACKHOLE and route.destination in scope.takeover_blackholes)
         ]
     return found

@@ -19,6 +19,10 @@ PROTOCOL_BOOT = 3
 """RTPROT_BOOT: what flannel (and `ip route add`) writes; see include/uapi/linux/rtnetlink.h."""
 
 
+BLACKHOLE = ""
+"""The device of a route that leads nowhere: `ip route add blackhole ...`."""
+
+
 class Vxlan(NamedTuple):
     """What a VXLAN device is made with and cannot change later (IFLA_VXLAN_*)."""
 
@@ -106,10 +110,11 @@ class Neighbour(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A unicast route of the main table."""
+    """A route of the main table."""
 
     destination: Prefix
     device: str
+    """BLACKHOLE = packets are dropped."""
     gateway: Address | None
     onlink: bool = False
     """The gateway counts as on-link, whatever the addresses say (RTNH_F_ONLINK)."""
@@ -125,6 +130,8 @@ class Route(NamedTuple):
         return (self.destination, self.metric)
 
     def __str__(self) -> str:
+        if self.device == BLACKHOLE:
+            return f"blackhole route {self.destination}"
         via = f" via {format_address(self.gateway)}" if self.gateway else ""
         return f"route {self.destination}{via} dev {self.device}"
 
@@ -203,6 +210,8 @@ class Scope(NamedTuple):
     """Once at start: `proto boot` routes via a gateway inside these, a flannel's, count as ours too."""
     takeover_lengths: tuple[int, ...] = ()
     """... if the destination has exactly one of these lengths (a subnet's)."""
+    takeover_blackholes: tuple[Prefix, ...] = ()
+    """... and blackhole routes to exactly these: our subnet, as flannel makes them."""
     uplink: str = ""
     """Not ours: only watched."""
 

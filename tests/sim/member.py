@@ -18,6 +18,7 @@ from flannelpy.model.kernel import State
 from flannelpy.model.lease import Lease, LeaseUpdate
 from flannelpy.model.plan import Op
 from flannelpy.model.subnet import Previous
+from flannelpy.model.traffic import Wishes
 from flannelpy.model.uplink import Interface, InterfaceAddress, Wish
 from flannelpy.node import Node, Parts
 from flannelpy.state_file import Memory, Origin
@@ -202,7 +203,9 @@ class Member:
             store_is_silent=False,
             save=self._remember,
             write_subnet_env=self._write_env,
-            ip_masq=False,
+            firewall=None,
+            traffic=Wishes(masquerade=False, forward=False),
+            blackhole=False,
             on_ready=lambda text: world.note(f"{self} ready: {text}"),
             health=self.health,
             random=Random(world.random.random()),

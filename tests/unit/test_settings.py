@@ -282,9 +282,6 @@ def test_foreign_text_in_an_error_is_escaped_and_cut() -> None:
 @pytest.mark.parametrize(
     ("name", "asked", "accepted"),
     [
-        ("ip-masq", "true", "false"),
-        ("iptables-forward-rules", "true", "false"),
-        ("ip-blackhole-route", "1", "false"),
         ("kube-subnet-mgr", "t", "false"),
         ("healthz-port", "8081", "0"),
     ],
@@ -295,12 +292,6 @@ def test_features_that_are_not_there_yet(name: str, asked: str, accepted: str) -
         assert line.endswith(f"the accepted value is {accepted}")
     parsed = settings(f"--{name}={accepted}")
     assert parsed.sources[name] == "command line"
-
-
-def test_a_default_that_is_not_there_yet_is_a_note() -> None:
-    (note,) = settings().notes()
-    assert "--iptables-forward-rules has no effect" in note
-    assert settings("--iptables-forward-rules=false").notes() == ()
 
 
 # --- what is printed ---

@@ -1,0 +1,207 @@
+"""The two ways in which a host keeps our rules: nf_tables by netlink, or the iptables programs.
+
+Each keeps the rule set that is wanted and removes what the other way, an earlier flannelpy or a flannel left
+of ours. A look that finds everything as it was costs no process, except with legacy iptables, which has no
+other way to be looked at.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Collection
+from contextlib import aclosing, suppress
+
+from flannelpy.errors import KernelError
+from flannelpy.kernel import iptables
+from flannelpy.kernel.iptables import Program
+from flannelpy.kernel.netlink import NetlinkError
+from flannelpy.kernel.nft_monitor import NftMonitor
+from flannelpy.kernel.nftables import NO_NFTABLES, Nftables, droppers
+from flannelpy.model.traffic import FamilyRules, RuleSet
+
+_NOTHING = RuleSet(None, None)
+_LEGACY_SECONDS = 60.0
+"""While legacy iptables drops what we accept: between two looks at whether it still does."""
+
+
+class Firewall:
+    """What both ways share: nf_tables, if the kernel has it, and the news from there."""
+
+    def __init__(self) -> None:
+        self.trouble: str | None = None
+        """Why packets may be dropped although all our rules stand; None = no reason is known."""
+        self.period = math.inf
+        """Seconds after which a look is due without any news."""
+        self._nftables: Nftables | None = None
+        self._monitor: NftMonitor | None = None
+        self._legacy_seen: object = None
+        self._legacy_trouble: str | None = None
+        self._legacy_at = 0.0
+        with suppress(OSError):
+            self._nftables = Nftables()
+            self._monitor = NftMonitor(self._nftables.port)
+
+    def close(self) -> None:
+        """Give the sockets back."""
+        for part in (self._nftables, self._monitor):
+            if part is not None:
+                part.close()
+
+    async def keep(self, wanted: RuleSet) -> list[str]:
+        """Make the rules as wanted; what was done, in words. KernelError or OSError: try again."""
+        raise NotImplementedError
+
+    async def causes(self) -> AsyncGenerator[str, None]:
+        """One line each time that somebody changed something which may concern us."""
+        if self._monitor is None:
+            await asyncio.Event().wait()
+            return
+        async with aclosing(self._monitor.causes()) as causes:
+            async for cause in causes:
+                yield cause
+
+    def _in_nftables(
+        self, wanted: RuleSet, *, keep_iptables: bool, needed: RuleSet, forward_is_served: bool = True
+    ) -> list[str]:
+        """Our own tables as wanted; and who drops what is `needed`."""
+        self.trouble = self._legacy_trouble
+        if self._nftables is None:
+            return []
+        try:
+            words, observed = self._nftables.set(wanted, keep_iptables=keep_iptables)
+        except NetlinkError as error:
+            if error.errno not in NO_NFTABLES or wanted:
+                raise
+            return []
+        found = droppers(needed, observed, forward_is_served=forward_is_served)
+        if found:
+            self.trouble = (
+                f"forwarded packets are dropped by the policy of chain {found[0]}, which no rule of ours"
+                " overrides: accept the overlay network there"
+            )
+        return words
+
+    async def _in_legacy(self, needed: RuleSet) -> list[str]:
+        """Nothing of ours in legacy iptables; and whether its policy drops what is `needed`.
+
+        Looked at once, again when tables were loaded, and again while it drops.
+        """
+        now = asyncio.get_running_loop().time()
+        tables = {bits: iptables.legacy_tables(bits) for bits in (32, 128)}
+        if tables == self._legacy_seen and not (self._legacy_trouble and now >= self._legacy_at):
+            return []
+        words: list[str] = []
+        trouble = None
+        for bits, loaded in tables.items():
+            program = iptables.find_legacy(bits) if loaded else None
+            if program is None:
+                continue
+            done, saved = await program.set(FamilyRules(), random_fully=False)
+            words += done
+            if (needed.family(bits) or FamilyRules()).forward and "\n:FORWARD DROP" in saved:
+                trouble = (
+                    "forwarded packets are dropped by the FORWARD policy of legacy iptables, which no rule of"
+                    " ours overrides: use one kind of iptables on this host (update-alternatives)"
+                )
+        self._legacy_seen, self._legacy_at, self._legacy_trouble = tables, now + _LEGACY_SECONDS, trouble
+        return words
+
+
+class NftFirewall(Firewall):
+    """Everything by netlink. KernelError if the kernel has no nf_tables and it is `needed`."""
+
+    def __init__(self, *, needed: bool) -> None:
+        super().__init__()
+        if needed and (self._nftables is None or not self._nftables.works()):
+            raise KernelError(
+                'the kernel has no nf_tables, which "EnableNFTables":true in the network config asks for:'
+                " modprobe nf_tables, or set it to false to use iptables"
+            )
+
+    async def keep(self, wanted: RuleSet) -> list[str]:
+        """As `Firewall.keep`."""
+        words = self._in_nftables(wanted, keep_iptables=False, needed=wanted)
+        return [*words, *await self._in_legacy(wanted)]
+
+
+class IptablesFirewall(Firewall):
+    """The iptables programs, of whichever kind this host has; families without one are not touched.
+
+    `resync` is the time between looks, in seconds, where the kernel does not announce changes.
+    """
+
+    def __init__(self, programs: dict[int, Program], resync: float) -> None:
+        super().__init__()
+        self._programs = dict(programs)
+        self._clean: dict[int, object] = {}
+        """Bits -> what was wanted, and the fingerprint of what stood, when last nothing had to be done."""
+        self._legacy = any(program.legacy for program in programs.values())
+        if self._legacy or self._nftables is None:
+            self.period = resync
+
+    async def keep(self, wanted: RuleSet) -> list[str]:
+        """As `Firewall.keep`."""
+        words: list[str] = []
+        for bits, program in list(self._programs.items()):
+            done = await self._keep_family(bits, program, wanted)
+            words += done
+            if not done and wanted.family(bits) is None:
+                del self._programs[bits]  # it was only here to be cleaned
+        # What was left elsewhere goes last: its successor stands.
+        nft = not self._legacy
+        words += self._in_nftables(_NOTHING, keep_iptables=nft, needed=wanted, forward_is_served=nft)
+        if nft:
+            words += await self._in_legacy(wanted)
+        return words
+
+    async def _keep_family(self, bits: int, program: Program, wanted: RuleSet) -> list[str]:
+        rules = wanted.family(bits) or FamilyRules()
+        seen = (rules, self._fingerprint(bits)) if not program.legacy else None
+        if seen is not None and self._clean.get(bits) == seen:
+            return []
+        words, _saved = await program.set(rules, random_fully=wanted.random_fully)
+        if seen is not None and not words:
+            self._clean[bits] = seen
+        return list(words)
+
+    def _fingerprint(self, bits: int) -> object:
+        """Changes whenever the rules of ours, or their place among others, do."""
+        try:
+            return self._nftables.fingerprint(bits) if self._nftables is not None else object()
+        except OSError:
+            return object()  # equal to nothing: look
+
+
+async def firewall(
+    families: Collection[int], before: Collection[int], *, use_nftables: bool, resync: float
+) -> Firewall:
+    """The firewall for these families (32, 128; none = only clean up); KernelError if it lacks something.
+
+    `before` are families that may have rules from an earlier run: they are cleaned, and need nothing.
+    """
+    if use_nftables or not families:
+        return NftFirewall(needed=bool(families))
+    programs = {}
+    for bits in (32, 128):
+        if bits in families:
+            programs[bits] = await iptables.find(bits)
+        elif bits in before:
+            with suppress(KernelError):
+                programs[bits] = await iptables.find(bits)
+    return IptablesFirewall(programs, resync)
+
+
+async def remove_all(*, remove: bool) -> list[str]:
+    """What there is of ours, wherever it may be, in words; with `remove` it is gone after this."""
+    words: list[str] = []
+    with suppress(OSError):
+        nftables = Nftables()
+        try:
+            words += nftables.set(_NOTHING, keep_iptables=False, only_show=not remove).words
+        finally:
+            nftables.close()
+    for bits in (32, 128):
+        program = iptables.find_legacy(bits) if iptables.legacy_tables(bits) else None
+        if program is not None:
+            done, _saved = await program.set(FamilyRules(), random_fully=False, only_show=not remove)
+            words += done
+    return words
