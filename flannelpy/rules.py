@@ -21,12 +21,15 @@ log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = (0.25, 8.0)
 """After a failure: first and longest wait."""
-_BREATH = 4.0
+_BREATH = 2.0
 """Between two looks, at least this many times what the last one took."""
 _IN_VAIN = (0.02, 0.5)
 """After looks that found nothing: first and longest wait. Others may change their rules all day."""
 _DOUBT_SECONDS = 60.0
 """A look this often where all changes are announced; it costs no process."""
+
+_TROUBLE_SECONDS = 5.0
+"""The same while somebody else drops what we accept: that he stopped is not always announced."""
 
 
 class Firewall(Protocol):
@@ -91,10 +94,12 @@ class Rules:
     async def run(self) -> None:
         """Look whenever there is a cause, for ever."""
         loop = asyncio.get_running_loop()
+        began = loop.time()
         while True:
-            period = min(self._firewall.period, _DOUBT_SECONDS, self._retry or math.inf)
+            doubt = _TROUBLE_SECONDS if self._firewall.trouble else _DOUBT_SECONDS
+            period = min(self._firewall.period, doubt, self._retry or math.inf)
             try:
-                async with asyncio.timeout(period):
+                async with asyncio.timeout_at(began + period):
                     await self._woken.wait()
             except TimeoutError:
                 self._wake("resync", drift=True)

@@ -132,8 +132,8 @@ class IptablesFirewall(Firewall):
     def __init__(self, programs: dict[int, Program], resync: float) -> None:
         super().__init__()
         self._programs = dict(programs)
-        self._clean: dict[int, object] = {}
-        """Bits -> what was wanted, and the fingerprint of what stood, when last nothing had to be done."""
+        self._clean: dict[tuple[int, str], object] = {}
+        """(Bits, table) -> what was wanted and the fingerprint of what stood, when last it was right."""
         self._legacy = any(program.legacy for program in programs.values())
         if self._legacy or self._nftables is None:
             self.period = resync
@@ -155,20 +155,23 @@ class IptablesFirewall(Firewall):
 
     async def _keep_family(self, bits: int, program: Program, wanted: RuleSet) -> list[str]:
         rules = wanted.family(bits) or FamilyRules()
-        seen = (rules, self._fingerprint(bits)) if not program.legacy else None
-        if seen is not None and self._clean.get(bits) == seen:
+        seen = {} if program.legacy else self._seen(bits, rules)
+        changed = [table for table, what in seen.items() if self._clean.get((bits, table)) != what]
+        if seen and not changed:
             return []
-        words, _saved = await program.set(rules, random_fully=wanted.random_fully)
-        if seen is not None and not words:
-            self._clean[bits] = seen
+        only = changed[0] if len(changed) == 1 else ""
+        words, _saved = await program.set(rules, random_fully=wanted.random_fully, only=only)
+        if not words:
+            self._clean.update({(bits, table): seen[table] for table in changed})
         return list(words)
 
-    def _fingerprint(self, bits: int) -> object:
-        """Changes whenever the rules of ours, or their place among others, do."""
+    def _seen(self, bits: int, rules: FamilyRules) -> dict[str, object]:
+        """By table: what changes whenever the rules of ours, their place, or our wishes do; {} = unknown."""
         try:
-            return self._nftables.fingerprint(bits) if self._nftables is not None else object()
+            prints = self._nftables.fingerprints(bits) if self._nftables is not None else {}
         except OSError:
-            return object()  # equal to nothing: look
+            return {}
+        return {table: (rules, found) for table, found in prints.items()}
 
 
 async def firewall(

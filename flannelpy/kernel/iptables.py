@@ -41,16 +41,15 @@ class Program(NamedTuple):
         """Whether it can masquerade with ports at random."""
         return self.version >= _WAIT
 
-    async def tables(self) -> str:
-        """All tables, as text."""
-        return await _run([self.save])
-
     async def set(
-        self, wanted: FamilyRules, *, random_fully: bool, only_show: bool = False
+        self, wanted: FamilyRules, *, random_fully: bool, only: str = "", only_show: bool = False
     ) -> tuple[tuple[str, ...], str]:
-        """Make our chains and jumps as wanted; what was done in words, and the tables as they were before."""
-        saved = await self.tables()
-        todo = difference(saved, wanted, random_fully=random_fully and self.random_fully)
+        """Make our chains and jumps as wanted; what was done in words, and the tables as they were before.
+
+        `only` names a table: no other one is looked at.
+        """
+        saved = await _run([self.save, "-t", only] if only else [self.save])
+        todo = difference(saved, wanted, random_fully=random_fully and self.random_fully, only=only)
         if todo.text and not only_show:
             wait = ["--wait=5"] if self.version >= _WAIT else []
             await _run([self.restore, "--noflush", *wait], todo.text)

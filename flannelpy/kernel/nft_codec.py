@@ -6,6 +6,7 @@ tests let `nft` itself read back what we send. Why our own, and not the nft prog
 """
 
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -35,6 +36,8 @@ DROP, ACCEPT, JUMP, GOTO, RETURN = 0, 1, -3, -4, -5
 TABLE_NAME = 1
 CHAIN_TABLE, CHAIN_NAME, CHAIN_HOOK, CHAIN_POLICY, CHAIN_TYPE = 1, 3, 4, 5, 7
 RULE_TABLE, RULE_CHAIN, RULE_HANDLE, RULE_EXPRESSIONS, RULE_USERDATA = 1, 2, 3, 4, 7
+HOOK_MARK = b"\x14\x00\x04" if sys.byteorder == "little" else b"\x00\x14"
+"""Bytes that each message about a base chain has: its hook, two numbers long."""
 GEN_ID, GEN_PROC_PID, GEN_PROC_NAME = 1, 2, 3
 
 _LIST_ELEM, _EXPR_NAME, _EXPR_DATA = 1, 1, 2

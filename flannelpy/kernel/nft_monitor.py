@@ -8,6 +8,7 @@ says which process made it: that is who the log names.
 import asyncio
 import errno
 import socket
+import sys
 from collections.abc import AsyncGenerator
 
 from flannelpy.kernel import codec, nft_codec
@@ -25,6 +26,7 @@ _NAMES = (
     b"flanneld ",
     b"flannelpy\0",
     b"DOCKER-USER\0",
+    nft_codec.HOOK_MARK,  # a chain that may drop what we accept
     *(
         codec.attr(kind, name)
         for kind in (nft_codec.RULE_CHAIN, nft_codec.CHAIN_NAME)
@@ -92,7 +94,7 @@ class NftMonitor:
         while head := codec.read_header(data, offset):
             length, kind, _flags, _sequence = head
             body = data[offset + 16 : offset + length]
-            port = int.from_bytes(data[offset + 12 : offset + 16], "little" if _LITTLE else "big")
+            port = int.from_bytes(data[offset + 12 : offset + 16], sys.byteorder)
             if kind == nft_codec.NEWGEN:
                 if self._seen:
                     _generation, pid, name = nft_codec.read_generation(body)
@@ -102,9 +104,6 @@ class NftMonitor:
                 self._seen = _words(kind, body)
             offset += (length + 3) & ~3
         return cause
-
-
-_LITTLE = codec.attr_u32(0, 1)[4] == 1
 
 
 def _words(kind: int, body: bytes) -> str:

@@ -138,14 +138,15 @@ class Nftables:
         ]
         return Observed((*chains, *empty), tuple(rules))
 
-    def fingerprint(self, bits: int) -> tuple[tuple[int, ...], ...]:
-        """Of the rules that iptables-nft keeps for us: which rules stand in our chains, and before our jumps.
+    def fingerprints(self, bits: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Of the rules that iptables-nft keeps for us, by table: those in our chain, and before our jump.
 
         A rule's handle is enough: a rule cannot be changed, only be replaced by one with another handle.
         """
         family = FAMILY[bits]
-        found: list[tuple[int, ...]] = []
+        prints = {}
         for (table, hook), (_table, chain) in zip(_HOOKS, _LEFT, strict=False):
+            found: list[tuple[int, ...]] = []
             for name in (chain, hook):
                 try:
                     bodies = self._dump(nft_codec.rules_dump(family, table, name))
@@ -157,7 +158,8 @@ class Nftables:
                     ours = [b"FLANNEL-" in body or b"flanneld " in body for body in bodies]
                     bodies = bodies[: len(ours) - ours[::-1].index(True)] if any(ours) else []
                 found.append(tuple(map(nft_codec.read_handle, bodies)))
-        return tuple(found)
+            prints[table] = tuple(found)
+        return prints
 
     def _rules(self, family: int, table: str, chain: str = "") -> list[tuple[int, FoundRule]]:
         bodies = self._dump(nft_codec.rules_dump(family, table, chain))
@@ -175,7 +177,7 @@ def _concerns_us(body: bytes) -> bool:
         b"flannel-ipv" in body
         or b"FLANNEL-" in body
         or any(name.encode() + b"\0" in body for _table, name in _HOOKS)
-        or b"\x0c\x00\x04" in body  # it has a hook
+        or nft_codec.HOOK_MARK in body
     )
 
 

@@ -52,14 +52,16 @@ def jump_line(table: _Table) -> str:
     return f'-A {table.hook} -m comment --comment "{table.comment}" -j {table.chain}'
 
 
-def difference(saved: str, wanted: FamilyRules, *, random_fully: bool) -> Difference:
-    """What leads from the tables as saved to those that are wanted.
+def difference(saved: str, wanted: FamilyRules, *, random_fully: bool, only: str = "") -> Difference:
+    """What leads from the tables as saved to those that are wanted; or `only` for one of them.
 
     Our chain is replaced as a whole in the same transaction as its jump, so there is never a moment without.
     """
     texts: list[str] = []
     words: list[str] = []
     for table in TABLES:
+        if only not in ("", table.name):
+            continue
         lines = chain_lines(table, wanted, random_fully=random_fully)
         text, what = _table_difference(table, _read(saved, table), lines)
         if text:
