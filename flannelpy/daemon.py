@@ -25,6 +25,7 @@ from flannelpy.health import Health
 from flannelpy.kernel import instance
 from flannelpy.kernel.firewall import Firewall, firewall, remove_all
 from flannelpy.kernel.linux import LinuxKernel, require_privileges
+from flannelpy.kernel.peer_filter import PeerFilterTable
 from flannelpy.log import setup as setup_log
 from flannelpy.model.address import Address, parse_address
 from flannelpy.model.config import EXAMPLE_CONFIG, ConfigError, NetworkConfig, parse_config
@@ -32,6 +33,7 @@ from flannelpy.model.config_change import compare
 from flannelpy.model.identity import Identity
 from flannelpy.model.kernel import Scope, State
 from flannelpy.model.leftover import leftover_devices
+from flannelpy.model.peer_filter import ENFORCE, OFF, port_of
 from flannelpy.model.plan import plan
 from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import Wishes
@@ -168,6 +170,8 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             firewall=rules,
             traffic=traffic,
             blackhole=settings.ip_blackhole_route,
+            peer_filter=_peer_filter(settings, config, stack),
+            enforce=settings.peer_filter == ENFORCE,
             on_ready=ready,
             health=health,
             random=Random(),  # noqa: S311  # spreads load, guards nothing
@@ -202,6 +206,20 @@ async def _firewall(
         health.rules_trouble = f"no forward rules: {error}"
         log.warning("%s; or set --iptables-forward-rules=false", health.rules_trouble)
         return wishes._replace(forward=False), await make((), before)
+
+
+def _peer_filter(settings: Settings, config: NetworkConfig, stack: AsyncExitStack) -> PeerFilterTable | None:
+    """The table of the peer filter; None where it is off or cannot be, and then there is none."""
+    try:
+        table = PeerFilterTable()
+        stack.callback(table.close)
+        if settings.peer_filter != OFF and port_of(config, {}) is not None:
+            return table
+        table.remove()
+    except OSError as error:
+        if settings.peer_filter != OFF:
+            log.info("no peer filter: %s", error.strerror or error)
+    return None
 
 
 class Cleaned(NamedTuple):

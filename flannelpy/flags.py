@@ -264,6 +264,9 @@ TABLE = (
          "How often the rules are compared with what they should be."),
     Flag("ip-blackhole-route", TRAFFIC, "false", read_boolean, "",
          "Keep a blackhole route for our own subnet, so that packets to unused addresses end here."),
+    Flag("peer-filter", TRAFFIC, "count", choice("count", "enforce", "off"), "MODE",
+         "Encapsulated packets (vxlan, udp) that come from no peer: count and name them, or drop them too "
+         "(enforce); off: do not look."),
     Flag("kube-subnet-mgr", KUBE, "false", read_boolean, "",
          "Take the subnets from Kubernetes nodes instead of etcd."),
     Flag("kube-api-url", KUBE, "", read_text, "URL",

@@ -23,6 +23,8 @@ class Health:
         """Why the store's network config is not the one that is running; None = it is."""
         self.rules_trouble: str | None = None
         """Why masquerade or forward rules do not stand, or do not help; None = all is well."""
+        self.strangers: dict[str, int] = {}
+        """Sources of encapsulated packets that no lease explains -> packets in the last hour; at most 20."""
         self.peers = 0
         """Peers that are programmed, or will be with the next pass."""
         self.refused: dict[str, str] = {}

@@ -20,6 +20,10 @@ class Metrics:
         """Operations that the kernel refused."""
         self.repairs: Counter[str] = Counter()
         """Operations that put right what somebody else had damaged, by kind: "add Route"."""
+        self.stranger_packets = 0
+        """Encapsulated packets that no lease explains."""
+        self.natted_packets = 0
+        """Those of peers whose packets come from another address than their public IP."""
         self.last_repair_seconds = 0.0
         """From the kernel's announcement to the end of the last repair."""
         self.longest_repair_seconds = 0.0

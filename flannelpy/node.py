@@ -24,6 +24,7 @@ from flannelpy.model.identity import Identity
 from flannelpy.model.kernel import Link, Notice, Scope, Shaken
 from flannelpy.model.lease import Delta, Lease, LeaseAttrs, Snapshot, same_node
 from flannelpy.model.leftover import leftover_devices
+from flannelpy.model.peer_filter import port_of
 from flannelpy.model.subnet import Previous, is_compatible
 from flannelpy.model.traffic import RuleSet, Wishes, rules
 from flannelpy.model.uplink import DefaultRoute, Interface, NoUplink, Uplink, Wish, choose
@@ -31,6 +32,8 @@ from flannelpy.reconcile import Kernel, Reconciler
 from flannelpy.rules import Firewall, Rules
 from flannelpy.state_file import Memory, Origin
 from flannelpy.store import TTL_SECONDS, Store
+from flannelpy.strangers import Strangers
+from flannelpy.strangers import Table as FilterTable
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +105,9 @@ class Parts(NamedTuple):
     traffic: Wishes
     blackhole: bool
     """Keep a blackhole route to our own subnet."""
+    peer_filter: FilterTable | None
+    enforce: bool
+    """The filter drops what no lease explains."""
     on_ready: Callable[[str], None]
     """Told, in one line, when the node is ready."""
     health: Health
@@ -141,6 +147,7 @@ class Node:
         )
         self._reconciler: Reconciler | None = None
         self._rules: Rules | None = None
+        self._strangers: Strangers | None = None
         self._env = ""
         self._looking_again = False
 
@@ -167,6 +174,9 @@ class Node:
             self._rules = Rules(parts.firewall, self._decide_rules, own, parts.health)
             await self._rules.prepare()
         self._write_subnet_env(own)
+        port = port_of(parts.config, parts.host.links(parts.backend.devices))
+        if parts.peer_filter is not None and port is not None:
+            self._strangers = Strangers(parts.peer_filter, port, parts.health, enforce=parts.enforce)
         if from_memory:
             reconciler.offer(Delta(self._knowledge.all_leases(), (), 0))
         async with asyncio.TaskGroup() as tasks:
@@ -176,6 +186,8 @@ class Node:
             if self._rules is not None:
                 tasks.create_task(self._rules.listen(), name="follow the rules")
                 tasks.create_task(self._rules.run(), name="keep the rules")
+            if self._strangers is not None:
+                tasks.create_task(self._strangers.run(), name="keep the peer filter")
             tasks.create_task(self._claim.keep(), name="keep the lease")
             tasks.create_task(self._tell_ready(reconciler, own), name="tell when ready")
             knowledge = self._knowledge
@@ -230,6 +242,10 @@ class Node:
                 own = self._claim.own
                 if own is not None:
                     reconciler.offer(self._knowledge.take_in(update, own))
+                if self._strangers is not None:
+                    uplink, known = self._facts.uplink, self._knowledge
+                    here = (uplink.address, uplink.address6)
+                    self._strangers.offer(here, (*known.all_leases(), *known.held()))
                 if isinstance(update, Snapshot) and update.new_history:
                     asyncio.get_running_loop().call_later(TTL_SECONDS, self._forget_held, update.revision)
 

@@ -56,6 +56,8 @@ class Settings(NamedTuple):
     iptables_resync: int
     """Seconds."""
     ip_blackhole_route: bool
+    peer_filter: str
+    """"count", "enforce" or "off"."""
     kube_subnet_mgr: bool
     kube_api_url: str
     kube_annotation_prefix: str

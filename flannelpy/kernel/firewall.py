@@ -16,6 +16,7 @@ from flannelpy.kernel.iptables import Program
 from flannelpy.kernel.netlink import NetlinkError
 from flannelpy.kernel.nft_monitor import NftMonitor
 from flannelpy.kernel.nftables import NO_NFTABLES, Nftables, droppers
+from flannelpy.kernel.peer_filter import PeerFilterTable
 from flannelpy.model.traffic import FamilyRules, RuleSet
 
 _NOTHING = RuleSet(None, None)
@@ -202,6 +203,12 @@ async def remove_all(*, remove: bool) -> list[str]:
             words += nftables.set(_NOTHING, keep_iptables=False, only_show=not remove).words
         finally:
             nftables.close()
+        table = PeerFilterTable()
+        try:
+            if table.remove() if remove else table.exists():
+                words.append("removed table inet flannelpy")
+        finally:
+            table.close()
     for bits in (32, 128):
         program = iptables.find_legacy(bits) if iptables.legacy_tables(bits) else None
         if program is not None:

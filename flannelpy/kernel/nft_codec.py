@@ -94,15 +94,18 @@ class FoundChain(NamedTuple):
     policy: int | None
 
 
-def _u32(value: int) -> bytes:
+def u32(value: int) -> bytes:
+    """A number in network order."""
     return struct.pack(">I", value & 0xFFFFFFFF)
 
 
-def _text(kind: int, text: str) -> bytes:
+def text_attr(kind: int, text: str) -> bytes:
+    """An attribute that is a name."""
     return attr(kind, text.encode() + b"\0")
 
 
-def _head(family: int) -> bytes:
+def head(family: int) -> bytes:
+    """What every message begins with: its family."""
     return bytes((family, 0, 0, 0))  # nfgenmsg: NFNETLINK_V0, no resource
 
 
@@ -118,32 +121,32 @@ def expressions(rule: Rule, *, random_fully: bool) -> tuple[Expression, ...]:
     """A rule for a table of its own family."""
     found: list[Expression] = []
     if rule.marked:
-        found.append(Expression("meta", ((1, _u32(_REGISTER)), (2, _u32(_META_MARK)))))
+        found.append(Expression("meta", ((1, u32(_REGISTER)), (2, u32(_META_MARK)))))
         found += _masked_compare(struct.pack("=I", MARK), struct.pack("=I", MARK))  # a mark is in host order
     for match, is_source in ((rule.source, True), (rule.destination, False)):
         if match is not None:
             found += _address(match, source=is_source)
     if rule.verdict is Verdict.MASQUERADE:
-        flags = ((1, _u32(_RANDOM_FULLY)),) if random_fully else ()
+        flags = ((1, u32(_RANDOM_FULLY)),) if random_fully else ()
         return (*found, Expression("masq", flags))
     return (*found, verdict(ACCEPT if rule.verdict is Verdict.ACCEPT else RETURN))
 
 
 def verdict(code: int) -> Expression:
     """What becomes of the packet."""
-    data: Value = ((2, ((1, _u32(code)),)),)
-    return Expression("immediate", ((1, _u32(_VERDICT_REGISTER)), (2, data)))
+    data: Value = ((2, ((1, u32(code)),)),)
+    return Expression("immediate", ((1, u32(_VERDICT_REGISTER)), (2, data)))
 
 
 def load(base: int, offset: int, length: int) -> Expression:
     """Bytes of the packet into the register; base 1 = from the network header, 2 = transport header."""
     places = ((1, _REGISTER), (2, base), (3, offset), (4, length))
-    return Expression("payload", tuple((kind, _u32(value)) for kind, value in places))
+    return Expression("payload", tuple((kind, u32(value)) for kind, value in places))
 
 
 def compare(value: bytes, *, differs: bool = False) -> Expression:
     """Go on if the register is (or is not) this."""
-    return Expression("cmp", ((1, _u32(_REGISTER)), (2, _u32(int(differs))), (3, ((1, value),))))
+    return Expression("cmp", ((1, u32(_REGISTER)), (2, u32(int(differs))), (3, ((1, value),))))
 
 
 def _masked_compare(mask: bytes, value: bytes, *, differs: bool = False) -> tuple[Expression, ...]:
@@ -151,9 +154,9 @@ def _masked_compare(mask: bytes, value: bytes, *, differs: bool = False) -> tupl
     masked = Expression(
         "bitwise",
         (
-            (1, _u32(_REGISTER)),
-            (2, _u32(_REGISTER)),
-            (3, _u32(width)),
+            (1, u32(_REGISTER)),
+            (2, u32(_REGISTER)),
+            (3, u32(width)),
             (4, ((1, mask),)),
             (5, ((1, bytes(width)),)),
         ),
@@ -179,7 +182,7 @@ def _encode(attrs: Iterable[tuple[int, Value]]) -> bytes:
 
 
 def _step(step: Expression) -> bytes:
-    return _text(_EXPR_NAME, step.name) + attr(_EXPR_DATA | _NESTED, _encode(step.attrs))
+    return text_attr(_EXPR_NAME, step.name) + attr(_EXPR_DATA | _NESTED, _encode(step.attrs))
 
 
 def matches(found: FoundRule, wanted: Sequence[Expression]) -> bool:
@@ -214,26 +217,28 @@ def _covers(data: bytes, wanted: tuple[tuple[int, Value], ...]) -> bool:
 
 def table_put(family: int, name: str, comment: str) -> Message:
     """Make a table; one that is there is kept."""
-    body = _head(family) + _text(TABLE_NAME, name) + attr(6, _comment(comment))
+    body = head(family) + text_attr(TABLE_NAME, name) + attr(6, _comment(comment))
     return Message(NEWTABLE, NLM_F_CREATE, body)
 
 
 def table_delete(family: int, name: str) -> Message:
     """Remove a table with all that is in it."""
-    return Message(DELTABLE, 0, _head(family) + _text(TABLE_NAME, name))
+    return Message(DELTABLE, 0, head(family) + text_attr(TABLE_NAME, name))
 
 
 def chain_put(family: int, table: str, chain: Chain, comment: str) -> Message:
     """Make a base chain."""
-    hook = attr(1, _u32(chain.hook)) + attr(2, _u32(chain.priority))
-    body = _text(CHAIN_TABLE, table) + _text(CHAIN_NAME, chain.name) + attr(CHAIN_HOOK | _NESTED, hook)
-    body += attr(CHAIN_POLICY, _u32(chain.policy)) + _text(CHAIN_TYPE, chain.type)
-    return Message(NEWCHAIN, NLM_F_CREATE, _head(family) + body + attr(12, _comment(comment)))
+    hook = attr(1, u32(chain.hook)) + attr(2, u32(chain.priority))
+    body = (
+        text_attr(CHAIN_TABLE, table) + text_attr(CHAIN_NAME, chain.name) + attr(CHAIN_HOOK | _NESTED, hook)
+    )
+    body += attr(CHAIN_POLICY, u32(chain.policy)) + text_attr(CHAIN_TYPE, chain.type)
+    return Message(NEWCHAIN, NLM_F_CREATE, head(family) + body + attr(12, _comment(comment)))
 
 
 def chain_delete(family: int, table: str, name: str) -> Message:
     """Remove a chain that is empty and that nothing jumps to."""
-    return Message(DELCHAIN, 0, _head(family) + _text(CHAIN_TABLE, table) + _text(CHAIN_NAME, name))
+    return Message(DELCHAIN, 0, head(family) + text_attr(CHAIN_TABLE, table) + text_attr(CHAIN_NAME, name))
 
 
 def rule_put(
@@ -247,39 +252,41 @@ def rule_put(
 ) -> Message:
     """Add a rule at the end of a chain, or as its first."""
     listed = b"".join(attr(_LIST_ELEM | _NESTED, _step(step)) for step in steps)
-    body = _text(RULE_TABLE, table) + _text(RULE_CHAIN, chain) + attr(RULE_EXPRESSIONS | _NESTED, listed)
+    body = (
+        text_attr(RULE_TABLE, table) + text_attr(RULE_CHAIN, chain) + attr(RULE_EXPRESSIONS | _NESTED, listed)
+    )
     if comment:
         body += attr(RULE_USERDATA, _comment(comment))
-    return Message(NEWRULE, NLM_F_CREATE | (0 if first else NLM_F_APPEND), _head(family) + body)
+    return Message(NEWRULE, NLM_F_CREATE | (0 if first else NLM_F_APPEND), head(family) + body)
 
 
 def rules_delete(family: int, table: str, chain: str, handle: int = 0) -> Message:
     """Remove one rule of a chain, or (0) all of them."""
-    body = _text(RULE_TABLE, table) + _text(RULE_CHAIN, chain)
+    body = text_attr(RULE_TABLE, table) + text_attr(RULE_CHAIN, chain)
     if handle:
         body += attr(RULE_HANDLE, struct.pack(">Q", handle))
-    return Message(DELRULE, 0, _head(family) + body)
+    return Message(DELRULE, 0, head(family) + body)
 
 
 def generation_get() -> Message:
     """Which number the rule set as a whole has; every transaction counts it up."""
-    return Message(GETGEN, 0, _head(0))
+    return Message(GETGEN, 0, head(0))
 
 
 def tables_dump() -> Message:
     """All tables."""
-    return Message(GETTABLE, NLM_F_DUMP, _head(0))
+    return Message(GETTABLE, NLM_F_DUMP, head(0))
 
 
 def chains_dump() -> Message:
     """All chains of all tables."""
-    return Message(GETCHAIN, NLM_F_DUMP, _head(0))
+    return Message(GETCHAIN, NLM_F_DUMP, head(0))
 
 
 def rules_dump(family: int, table: str, chain: str = "") -> Message:
     """The rules of one table, or of one chain of it."""
-    body = _text(RULE_TABLE, table) + (_text(RULE_CHAIN, chain) if chain else b"")
-    return Message(GETRULE, NLM_F_DUMP, _head(family) + body)
+    body = text_attr(RULE_TABLE, table) + (text_attr(RULE_CHAIN, chain) if chain else b"")
+    return Message(GETRULE, NLM_F_DUMP, head(family) + body)
 
 
 # --- answers ---------------------------------------------------------------------------------------------
@@ -312,7 +319,7 @@ def read_rule(body: bytes) -> FoundRule:
     """NEWRULE."""
     found = attributes(body, 4)
     steps = []
-    for payload in _elements(found.get(RULE_EXPRESSIONS, b"")):
+    for payload in elements(found.get(RULE_EXPRESSIONS, b"")):
         step = attributes(payload, 0)
         steps.append((_string(step.get(_EXPR_NAME)), step.get(_EXPR_DATA, b"")))
     return FoundRule(
@@ -345,7 +352,7 @@ def jumps_to(rule: FoundRule) -> str:
     return ""
 
 
-def _elements(data: bytes) -> Iterable[bytes]:
+def elements(data: bytes) -> Iterable[bytes]:
     """The payloads of a list, whose attributes all have the same kind."""
     offset = 0
     while offset + 4 <= len(data):

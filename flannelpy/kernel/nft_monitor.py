@@ -24,7 +24,6 @@ _NAMES = (
     b"flannel-ipv",
     b"FLANNEL-",
     b"flanneld ",
-    b"flannelpy\0",
     b"DOCKER-USER\0",
     nft_codec.HOOK_MARK,  # a chain that may drop what we accept
     *(

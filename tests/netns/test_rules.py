@@ -449,8 +449,8 @@ def settled(node: Node, mode: str) -> str:
 
     def done() -> str:
         text = listing(node, mode)
-        whole = text.lower().count("masquerade ") == 4 and len(re.findall(r"accept$", text, re.IGNORECASE | re.MULTILINE)) == 4
-        return text if whole else ""
+        accepts = [line for line in text.splitlines() if line.lower().endswith("accept")]
+        return text if text.lower().count("masquerade ") == len(accepts) == 4 else ""
 
     return wait_until(done, "flannel's rules")
 

@@ -206,6 +206,8 @@ class Member:
             firewall=None,
             traffic=Wishes(masquerade=False, forward=False),
             blackhole=False,
+            peer_filter=None,
+            enforce=False,
             on_ready=lambda text: world.note(f"{self} ready: {text}"),
             health=self.health,
             random=Random(world.random.random()),

@@ -34,6 +34,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "iptables-forward-rules": ("F", False),
     "iptables-resync": ("1_0", 10),
     "ip-blackhole-route": ("0", False),
+    "peer-filter": ("enforce", "enforce"),
     "kube-subnet-mgr": ("FALSE", False),
     "kube-api-url": ("https://k", "https://k"),
     "kube-annotation-prefix": ("x.example", "x.example"),
@@ -227,6 +228,7 @@ BAD_VALUES = [
     ("log_backtrace_at", "plan.py", "file:line"),
     ("log_backtrace_at", "plan.py:0", "file:line"),
     ("log-format", "xml", "text or json"),
+    ("peer-filter", "drop", "count or enforce or off"),
 ]
 
 

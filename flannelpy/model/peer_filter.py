@@ -1,0 +1,65 @@
+"""Who may send us encapsulated packets: the peer filter, as values. Pure.
+
+A packet to the encapsulation port is explained if it comes from the public IP of a current lease. With vxlan
+also if it carries the VTEP MAC of one: then it is a real peer behind a NAT, which is named but never dropped.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from flannelpy.model.address import Address, Mac, parse_mac
+from flannelpy.model.config import NetworkConfig
+from flannelpy.model.kernel import Link
+from flannelpy.model.lease import Lease
+
+OFF, COUNT, ENFORCE = "off", "count", "enforce"
+"""What --peer-filter says."""
+
+
+class PeerFilter(NamedTuple):
+    """What the filter should know."""
+
+    port: int
+    """UDP port of the encapsulation."""
+    here: frozenset[Address]
+    """Our own addresses: only what is sent to these is looked at."""
+    peers: frozenset[Address]
+    macs: frozenset[Mac]
+    """VTEP MACs; empty where packets have none."""
+    enforce: bool
+    """Drop what is not explained; else count it."""
+
+
+def port_of(config: NetworkConfig, links: Mapping[str, Link]) -> int | None:
+    """The port of a backend that encapsulates in UDP without keys; None for the others.
+
+    `links` are our devices as they are: the kernel's default port may be another than 8472.
+    """
+    if config.backend_type not in ("vxlan", "udp"):
+        return None
+    for link in links.values():
+        if link.vxlan is not None and link.vxlan.port:
+            return link.vxlan.port
+    given = next((value for key, value in config.backend.items() if key.lower() == "port"), None)
+    return given or (8472 if config.backend_type == "vxlan" else 8285)
+
+
+def peer_filter(port: int, here: Iterable[Address], leases: Iterable[Lease], *, enforce: bool) -> PeerFilter:
+    """The filter for a node with these addresses, among these leases (its own may be among them)."""
+    peers: set[Address] = set(here)
+    macs: set[Mac] = set()
+    for lease in leases:
+        attrs = lease.attrs
+        peers.update(filter(None, (attrs.public_ip, attrs.public_ipv6)))
+        macs.update(_macs(attrs.backend_data))
+        macs.update(_macs(attrs.backend_v6_data))
+    return PeerFilter(port, frozenset(here), frozenset(peers), frozenset(macs), enforce)
+
+
+def _macs(data: Any) -> Iterable[Mac]:
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if isinstance(key, str) and key.lower() == "vtepmac" and isinstance(value, str):
+                with suppress(ValueError):
+                    yield parse_mac(value)
