@@ -21,6 +21,7 @@ from flannelpy.model.config import parse_config
 from flannelpy.model.identity import Identity
 from flannelpy.model.lease import Delta
 from flannelpy.model.subnet import Previous, encode_attrs
+from flannelpy.model.traffic import Wishes
 from flannelpy.model.uplink import Interface, InterfaceAddress, Wish
 from flannelpy.node import Node, Parts
 from flannelpy.state_file import Origin
@@ -74,7 +75,11 @@ class Machine:
             store_is_silent=False,
             save=lambda _memory: None,
             write_subnet_env=lambda _text: None,
-            ip_masq=False,
+            firewall=None,
+            traffic=Wishes(masquerade=False, forward=False),
+            blackhole=False,
+            peer_filter=None,
+            enforce=False,
             on_ready=lambda _text: None,
             health=Health(),
             random=Random(number),
