@@ -165,6 +165,7 @@ def test_what_is_masqueraded_and_what_is_not(make_lab: Callable[..., Lab], mode:
     assert source_of(lab, pod1.netns, lab.underlay, OUTSIDE) == "192.168.77.1"
     assert source_of(lab, pod1.netns, lab.underlay, "fd77::fe") == "fd77::1"
     pod6 = str(pod2.address6).partition("/")[0]
+    wait_until(lambda: lab.ping(pod1.netns, pod6, count=1).received, "the overlay with IPv6")
     assert source_of(lab, pod1.netns, pod2.netns, pod6) == address6
     # The world to our pods: as it is.
     lab.ip(
