@@ -58,7 +58,8 @@ IPTABLES = {
     "masquerade jump deleted": "{t} -t nat -D POSTROUTING 1",
     "jump doubled": '{t} -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD',
     "odd jump": "{t} -t nat -I POSTROUTING -p udp -j FLANNEL-POSTRTG",
-    "chain deleted": "{t} -F FORWARD; {t} -F FLANNEL-FWD; {t} -X FLANNEL-FWD",
+    # The repair may be there before the third of these.
+    "chain deleted": "{t} -F FORWARD; {t} -F FLANNEL-FWD; {t} -X FLANNEL-FWD || true",
     "foreign rule in our chain": "{t} -t nat -I FLANNEL-POSTRTG 1 -p tcp -j ACCEPT",
     "rules of our chain changed places": (
         '{t} -D FLANNEL-FWD 1; {t} -A FLANNEL-FWD -s {net} -m comment --comment "flanneld forward" -j ACCEPT'
