@@ -76,6 +76,7 @@ class Backend(Protocol):
 _OWN = {
     "vxlan": "flannelpy.backends.vxlan:VxlanBackend",
     "host-gw": "flannelpy.backends.hostgw:HostGwBackend",
+    "udp": "flannelpy.backends.udp:UdpBackend",
     "alloc": "flannelpy.backends.alloc:AllocBackend",
 }
 """Our own backends: the entry points of pyproject.toml again (a test compares them).
@@ -102,6 +103,4 @@ def _find(name: str) -> Any:
     for point in entry_points(group="flannelpy.backends", name=name):
         return point.load()
     remedy = f"; one that works is {EXAMPLE_CONFIG}"
-    if name == "udp":
-        raise LookupError(f"Backend is absent or udp, which is not in this version yet{remedy}")
     raise LookupError(f"Backend.Type {name[:40]!r} is not in this version, only {', '.join(_OWN)}{remedy}")

@@ -141,7 +141,9 @@ class Reconciler:
         for _attempt in range(4):
             observed = self._kernel.observe(self._scope, devices_only=True)
             self._facts = self._facts._replace(links=observed.links)
-            ops = _wanted_now(plan(self._backend.own(self._own, self._facts), observed))
+            own = self._backend.own(self._own, self._facts)
+            devices = State([*own.links.values(), *own.addresses.values()])
+            ops = _wanted_now(plan(devices, observed))
             if not ops:
                 return
             failures = self._kernel.apply(ops)
@@ -452,7 +454,9 @@ def summary(ops: Sequence[Op], refused: int = 0, put_off: int = 0) -> str:
 _WORDS = {
     "Link": "device(s)",
     "DeviceAddress": "address(es)",
+    "Tunnel": "forwarder(s)",
     "FdbEntry": "FDB entries",
     "Neighbour": "neighbours",
+    "Forward": "forwarding entries",
     "Route": "routes",
 }

@@ -18,6 +18,7 @@ from flannelpy.model.kernel import (
     Appeared,
     DeviceAddress,
     FdbEntry,
+    Forward,
     Item,
     Link,
     Neighbour,
@@ -26,6 +27,7 @@ from flannelpy.model.kernel import (
     Scope,
     Shaken,
     State,
+    Tunnel,
     Vanished,
 )
 from flannelpy.model.plan import Op, Put
@@ -296,7 +298,7 @@ def _other_family(entry: FdbEntry, link: Link) -> bool:
 
 def _dies_with_down(item: Item, device: str) -> bool:
     """Link down: routes, neighbours and IPv6 addresses. IPv4 addresses and permanent FDB entries stay."""
-    if isinstance(item, Link | FdbEntry) or item.device != device:
+    if isinstance(item, Link | FdbEntry | Tunnel | Forward) or item.device != device:
         return False
     return not (isinstance(item, DeviceAddress) and item.prefix.bits == 32)
 

@@ -42,7 +42,7 @@ class Link(NamedTuple):
 
     name: str
     kind: str
-    """"vxlan", ...; what `ip -d link` shows."""
+    """"vxlan", "tun"; what `ip -d link` shows."""
     mac: Mac
     mtu: int
     up: bool
@@ -70,6 +70,47 @@ class DeviceAddress(NamedTuple):
 
     def __str__(self) -> str:
         return f"address {self.prefix} on {self.device}"
+
+
+class Tunnel(NamedTuple):
+    """What carries the packets of one of our TUN devices: a forwarder process with a UDP socket."""
+
+    device: str
+    local: Address
+    """The uplink's address: datagrams are sent from it and received on it."""
+    port: int
+    """The UDP port, ours and every peer's."""
+    mtu: int
+    """The largest packet that fits into a datagram, for our ICMP errors."""
+    sources: tuple[Address, ...]
+    """The addresses that our own ICMP errors come from, one of each family."""
+    open: bool = False
+    """Let in datagrams from anywhere, as flannel does."""
+
+    @property
+    def key(self) -> str:
+        """One per device."""
+        return self.device
+
+    def __str__(self) -> str:
+        return f"forwarder of {self.device} on UDP {format_address(self.local)} port {self.port}"
+
+
+class Forward(NamedTuple):
+    """Where a tunnel sends the packets for a subnet."""
+
+    device: str
+    subnet: Prefix
+    remote: Address
+    """The outer destination address."""
+
+    @property
+    def key(self) -> tuple[str, Prefix]:
+        """The forwarder's key."""
+        return (self.device, self.subnet)
+
+    def __str__(self) -> str:
+        return f"forwarding of {self.subnet} -> {format_address(self.remote)} on {self.device}"
 
 
 class FdbEntry(NamedTuple):
@@ -136,7 +177,7 @@ class Route(NamedTuple):
         return f"route {self.destination}{via} dev {self.device}"
 
 
-Item: TypeAlias = Link | DeviceAddress | FdbEntry | Neighbour | Route
+Item: TypeAlias = Link | DeviceAddress | Tunnel | FdbEntry | Neighbour | Forward | Route
 
 
 def default_metric(destination: Prefix) -> int:
@@ -147,19 +188,23 @@ def default_metric(destination: Prefix) -> int:
 class State:
     """One table per kind of object, keyed by the kernel's own key."""
 
-    __slots__ = ("_by_type", "addresses", "fdb", "links", "neighbours", "routes")
+    __slots__ = ("_by_type", "addresses", "fdb", "forwards", "links", "neighbours", "routes", "tunnels")
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
         self.links: dict[str, Link] = {}
         self.addresses: dict[tuple[str, Prefix], DeviceAddress] = {}
+        self.tunnels: dict[str, Tunnel] = {}
         self.fdb: dict[tuple[str, Mac], FdbEntry] = {}
         self.neighbours: dict[tuple[str, Address], Neighbour] = {}
+        self.forwards: dict[tuple[str, Prefix], Forward] = {}
         self.routes: dict[tuple[Prefix, int], Route] = {}
         self._by_type: dict[type, dict[Any, Any]] = {
             Link: self.links,
             DeviceAddress: self.addresses,
+            Tunnel: self.tunnels,
             FdbEntry: self.fdb,
             Neighbour: self.neighbours,
+            Forward: self.forwards,
             Route: self.routes,
         }
         self.add(items)

@@ -55,7 +55,7 @@ def a_backend_imports_model_and_backend(module: str, tree: ast.AST) -> Iterator[
     own = ".".join(module.split(".")[:3])
     for name in imported(tree):
         ours = below(name, "flannelpy", "backends") or name.startswith(".")
-        if ours and not below(name, "flannelpy.model", "flannelpy.backend", own):
+        if ours and not below(name, "flannelpy.model", "flannelpy.backend", "flannelpy.__version__", own):
             yield name
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flannelpy.model.address import parse_prefix
-from flannelpy.model.kernel import DeviceAddress, FdbEntry, Item, Link, Neighbour, Route
+from flannelpy.model.kernel import DeviceAddress, FdbEntry, Forward, Item, Link, Neighbour, Route, Tunnel
 from flannelpy.model.plan import Op
 from tests.sim.member import Member
 
@@ -291,6 +291,8 @@ def _altered(item: Item, way: int) -> Item:
             return item._replace(remote=_STRANGE_IP if len(item.remote) == 4 else bytes(15) + b"\x09")
         case Neighbour():
             return item._replace(mac=_STRANGE_MAC)
+        case Tunnel() | Forward():
+            raise TypeError(f"{item}: nobody but the daemon changes it")
         case Route():
             if way == 0:
                 return item._replace(protocol=4)

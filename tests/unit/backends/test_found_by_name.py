@@ -23,5 +23,5 @@ def test_each_of_ours_is_loaded_by_its_name_in_any_case(name: str) -> None:
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(LookupError, match="'pigeon' is not in this version, only vxlan, host-gw, alloc"):
+    with pytest.raises(LookupError, match="'pigeon' is not in this version, only vxlan, host-gw, udp, alloc"):
         load(config(V4.replace("vxlan", "pigeon")))
