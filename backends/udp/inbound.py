@@ -100,7 +100,7 @@ def sort_in(
         end = min(start + segment, length)
         size, reason = _admit(data, start, end, spans)
         if reason or start in doomed:
-            drops[reason or "congestion"] += 1
+            drops[f"drop_{reason or 'congestion'}"] += 1
             start = end
             continue
         if end < length and size == segment:

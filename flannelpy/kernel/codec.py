@@ -189,7 +189,12 @@ def link_no_link_local(index: int) -> Message:
 
 
 def link_change(
-    index: int, *, mac: Mac | None = None, mtu: int | None = None, up: bool | None = None
+    index: int,
+    *,
+    mac: Mac | None = None,
+    mtu: int | None = None,
+    queue: int | None = None,
+    up: bool | None = None,
 ) -> Message:
     """Set what is given of an existing device."""
     flags = IFF_UP if up else 0
@@ -199,6 +204,8 @@ def link_change(
         body += attr(IFLA_ADDRESS, mac)
     if mtu is not None:
         body += attr_u32(IFLA_MTU, mtu)
+    if queue is not None:
+        body += attr_u32(IFLA_TXQLEN, queue)
     return Message(RTM_NEWLINK, 0, body)
 
 

@@ -4,7 +4,7 @@ import errno
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from flannelpy.kernel import codec, replies, sysctl
+from flannelpy.kernel import codec, replies, sysctl, tun
 from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
 from flannelpy.kernel.replies import LinkInfo
 from flannelpy.model.kernel import Link
@@ -69,6 +69,9 @@ class Links:
         return []
 
     def _create(self, link: Link) -> None:
+        if link.kind == "tun":
+            self._create_tun(link)
+            return
         uplink = link.vxlan.uplink if link.vxlan else None
         try:
             self._netlink.request(codec.link_create(link, self.index(uplink) if uplink else 0))
@@ -85,6 +88,15 @@ class Links:
         index = self.index(link.name)
         if link.vxlan is not None:
             self._quieten(index, link.name)
+        if link.up:
+            self._netlink.request(codec.link_change(index, up=True))
+
+    def _create_tun(self, link: Link) -> None:
+        tun.create_tun(link.name)
+        self.read()
+        index = self.index(link.name)
+        self._quieten(index, link.name)
+        self._netlink.request(codec.link_change(index, mtu=link.mtu, queue=tun.QUEUE))
         if link.up:
             self._netlink.request(codec.link_change(index, up=True))
 
@@ -108,7 +120,7 @@ class Links:
 
     def _change(self, link: Link) -> None:
         found = self.by_name[link.name]
-        if link.up and not found.up and link.vxlan is not None:
+        if link.up and not found.up:
             self._quieten(found.ifindex, link.name)  # who made it may have crashed before that
         self._netlink.request(
             codec.link_change(
@@ -135,8 +147,8 @@ def _creation_error(link: Link, error: NetlinkError, links: Iterable[LinkInfo]) 
     if error.errno == errno.EOPNOTSUPP:
         return NetlinkError(
             error.errno,
-            "this kernel has no vxlan: load it (modprobe vxlan) or install the"
-            " distribution's extra kernel modules package",
+            "this kernel has no vxlan: load it (modprobe vxlan), install the distribution's extra kernel"
+            " modules package, or carry the whole network by udp, which needs only TUN (Backend.Type: udp)",
         )
     if error.errno == errno.EPERM:
         return NetlinkError(error.errno, "not permitted: run as root or with CAP_NET_ADMIN")

@@ -11,6 +11,7 @@ import errno
 from collections.abc import AsyncGenerator, Container, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
+from itertools import groupby
 
 from flannelpy.errors import KernelError
 from flannelpy.kernel import codec, replies
@@ -22,6 +23,7 @@ from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
 from flannelpy.kernel.nexthop import Nexthops, RouteKey, Way
 from flannelpy.kernel.replies import RouteInfo
 from flannelpy.kernel.routes import main_routes, routes_elsewhere
+from flannelpy.kernel.tunnel import Tunnels
 from flannelpy.model.address import Address, Prefix
 from flannelpy.model.kernel import (
     BLACKHOLE,
@@ -29,12 +31,15 @@ from flannelpy.model.kernel import (
     ROUTE_PROTOCOL,
     DeviceAddress,
     FdbEntry,
+    Forward,
+    Item,
     Link,
     Neighbour,
     Notice,
     Route,
     Scope,
     State,
+    Tunnel,
     is_kernels_own,
 )
 from flannelpy.model.plan import Op, Put, Remove
@@ -48,6 +53,7 @@ class LinuxKernel:
         self._netlink = NetlinkSocket()
         self._links = Links(self._netlink)
         self._nexthops = Nexthops()
+        self._tunnels = Tunnels()
         self._use_nexthops = True
         self._scope = Scope(frozenset(), ())
         self._monitor: Monitor | None = None
@@ -55,12 +61,14 @@ class LinuxKernel:
     def close(self) -> None:
         """Give the sockets back."""
         self._netlink.close()
+        self._tunnels.close()
         if self._monitor is not None:
             self._monitor.close()
 
     def subscribe(self) -> None:
         """Begin to listen; before the first `observe`, so that nothing happens unseen between the two."""
         self._monitor = Monitor(self._view, self._netlink.port)
+        self._tunnels.on_end = self._monitor.shake
 
     async def changes(self) -> AsyncGenerator[list[Notice], None]:
         """What is announced about the scope of the last `observe`."""
@@ -194,6 +202,9 @@ class LinuxKernel:
         self._nexthops.load_users(users)
         for route in routes_elsewhere(self._netlink, scope, ours):
             state.add([self._route(route, names)])
+        for name in ours.values():
+            if links[name].kind == "tun":
+                state.add(self._tunnels.items(name))
         return state
 
     def _observe_routes(
@@ -251,21 +262,29 @@ class LinuxKernel:
     def apply(self, ops: Sequence[Op]) -> list[Failure]:
         """Do all of it, in order; the failures. What is not among them is done."""
         failures: list[Failure] = []
-        bulk: list[Op] = []
-        for op in ops:
-            if isinstance(op.item, Link):
-                failures += self._apply_bulk(bulk)
-                bulk = []
-                if isinstance(op, Remove) and op.item.name in self._links.by_name:
-                    self._nexthops.forget_device(self._links.index(op.item.name))
-                failures += self._links.apply(op, op.item)
-                self._narrow()
+        for kind, group in groupby(ops, _edge):
+            part = list(group)
+            if kind is Link:
+                failures += self._apply_links(part)
+            elif kind is Tunnel:
+                failures += self._tunnels.carry_out(part)
             else:
-                bulk.append(op)
-        return failures + self._apply_bulk(bulk)
+                failures += self._apply_bulk(part)
+        return failures
+
+    def _apply_links(self, ops: Sequence[Op]) -> list[Failure]:
+        failures = []
+        for op in ops:
+            link = op.item
+            if isinstance(link, Link):
+                if isinstance(op, Remove) and link.name in self._links.by_name:
+                    self._nexthops.forget_device(self._links.index(link.name))
+                failures += self._links.apply(op, link)
+                self._narrow()
+        return failures
 
     def _apply_bulk(self, ops: Sequence[Op]) -> list[Failure]:
-        """Everything but links: one batch, errors attributed to their operation by sequence number."""
+        """Everything but links and tunnels: one batch, errors attributed to their operation by its number."""
         failures = self._make_nexthops(ops)
         messages: list[Message] = []
         owners: list[Op] = []
@@ -327,8 +346,8 @@ class LinuxKernel:
             case DeviceAddress(device=device, prefix=prefix):
                 index = self._links.index(device)
                 return [codec.address_put(index, prefix) if put else codec.address_delete(index, prefix)]
-            case Link():
-                raise TypeError("links are not applied in bulk")
+            case Link() | Tunnel() | Forward():
+                raise TypeError(f"{item} is not applied in bulk")
 
     def _make_nexthops(self, ops: Sequence[Op]) -> dict[int, Failure]:
         """The objects that new routes will go through, before any of these routes.
@@ -375,6 +394,13 @@ class LinuxKernel:
     def _route_removal(self, route: Route) -> list[Message]:
         self._nexthops.use(route.key, 0)
         return [codec.route_delete(route.destination, route.metric, route.protocol)]
+
+
+def _edge(op: Op) -> type[Item] | None:
+    """What an operation is applied through, where it is not netlink in bulk."""
+    if isinstance(op.item, Link):
+        return Link
+    return Tunnel if isinstance(op.item, Tunnel | Forward) else None
 
 
 def _fdb_messages(op: Op, entry: FdbEntry, index: int) -> list[Message]:

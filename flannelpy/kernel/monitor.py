@@ -64,6 +64,8 @@ class Monitor:
         self._socket.setblocking(False)
         enlarge_receive_buffer(self._socket)
         self._narrowed: frozenset[int] | None = None
+        self._arrived = asyncio.Event()
+        self._causes: list[str] = []
         self.narrow(())
         self._socket.bind((0, 0))
         for group in _GROUPS:
@@ -73,6 +75,11 @@ class Monitor:
     def close(self) -> None:
         """Give the socket back."""
         self._socket.close()
+
+    def shake(self, cause: str) -> None:
+        """Tell of something that the kernel does not announce."""
+        self._causes.append(cause)
+        self._arrived.set()
 
     def narrow(self, devices: Iterable[int]) -> None:
         """Let the kernel drop echoes, and neighbours of other devices: a busy host has thousands a second."""
@@ -89,13 +96,14 @@ class Monitor:
     async def notices(self) -> AsyncGenerator[list[Notice], None]:
         """What was announced, as it comes, for ever."""
         loop = asyncio.get_running_loop()
-        arrived = asyncio.Event()
-        loop.add_reader(self._socket, arrived.set)
+        loop.add_reader(self._socket, self._arrived.set)
         try:
             while True:
-                await arrived.wait()
-                arrived.clear()
-                found = self._read()
+                await self._arrived.wait()
+                self._arrived.clear()
+                found: list[Notice] = list(map(Shaken, self._causes))
+                self._causes.clear()
+                found += self._read()
                 if found:
                     yield found
         finally:

@@ -103,6 +103,9 @@ def batches(datagrams: list[bytes]) -> Iterator[tuple[bytes, int]]:
         yield b"".join(run), len(run[0])
 
 
+RFC_6040: list[list[int | None]] = [[0, 0, 0, None], [1, 1, 1, 3], [2, 1, 2, 3], [3, 3, 3, 3]]
+
+
 def slow(datagram: bytes, outer: int) -> bytes | None:
     """What one datagram comes to, field by field: RFC 6040's table, the sender's subnets."""
     if not datagram or datagram[0] >> 4 not in (4, 6):
@@ -125,7 +128,7 @@ def slow(datagram: bytes, outer: int) -> bytes | None:
     packet = bytearray(datagram)
     six = packet[0] >> 4 == 6
     mark = packet[1] >> 4 & 3 if six else packet[1] & 3
-    after = [[0, 0, 0, None], [1, 1, 1, 3], [2, 1, 2, 3], [3, 3, 3, 3]][mark][outer & 3]
+    after = RFC_6040[mark][outer & 3]
     if after is None:
         return None
     if after != mark:
@@ -200,7 +203,7 @@ def test_garbage_from_the_wire_harms_nothing(data: bytes, segment: int, tos: int
             packet = b"".join(write)[10:]
             assert packet[0] >> 4 in (4, 6)
             assert len(packet) >= 20
-        assert set(drops) <= {"malformed", "spoofed", "congestion"}
+        assert set(drops) <= {"drop_malformed", "drop_spoofed", "drop_congestion"}
 
 
 # --- out ---
