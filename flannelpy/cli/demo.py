@@ -111,7 +111,8 @@ def main(argv: list[str]) -> int:
 
 
 def _show(lab: Lab, options: argparse.Namespace, clock: Clock) -> int:
-    _check_vxlan(lab)
+    if options.backend == "vxlan":
+        _check_vxlan(lab)
     _start(lab, options, clock)
     result = _measure(lab, options, clock)
     print(_as_json(result) if options.output == "json" else _as_text(result), flush=True)
@@ -132,7 +133,7 @@ def _start(lab: Lab, options: argparse.Namespace, clock: Clock) -> None:
         lab.add_node()
     clock.say("starting etcd and storing the network's configuration in it")
     lab.start_etcd()
-    lab.put_config({"Network": str(options.network), "Backend": {"Type": "vxlan"}})
+    lab.put_config({"Network": str(options.network), "Backend": {"Type": options.backend}})
     clock.say("starting the daemon on every node")
     started = [lab.start_daemon(node, options.daemon.get(node.number, ())) for node in lab.nodes]
     wait_ready(started, _left(options, clock))
@@ -319,7 +320,9 @@ def _check_vxlan(lab: Lab) -> None:
     try:
         lab.ip(lab.underlay, "link add probe type vxlan id 1 dstport 8472", "link delete probe")
     except LabError as error:
-        raise DemoError(f"this kernel makes no vxlan devices; try `modprobe vxlan` ({error})") from None
+        raise DemoError(
+            f"this kernel makes no vxlan devices; try `modprobe vxlan`, or --backend udp ({error})"
+        ) from None
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -345,6 +348,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     add("--nodes", type=_count, default=3, metavar="N", help="number of nodes, 2 to 20 (3)")
     add("--network", type=IPv4Network, default=IPv4Network("10.5.0.0/16"), metavar="CIDR",
         help="the overlay's network (10.5.0.0/16)")  # fmt: skip
+    add("--backend", choices=("vxlan", "host-gw", "udp"), default="vxlan",
+        help="how packets travel from node to node (vxlan)")  # fmt: skip
     add("--hold", action="store_true", help="leave everything up until Ctrl-C, to look around")
     add("--output", choices=("text", "json"), default="text", help="a table, or JSON for programs")
     add("--timeout", type=float, default=60, metavar="SECONDS", help="give up after so long (60)")
