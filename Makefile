@@ -8,6 +8,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 BIN := .venv/bin
 NODES ?= 3
+BACKEND ?= vxlan
 HOLD ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
@@ -20,6 +21,7 @@ help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "make demo NODES=5        another number of nodes (2 to 20)"
+	@echo "make demo BACKEND=udp    another way to carry packets (vxlan, host-gw, udp)"
 	@echo "make demo HOLD=1         leave the nodes up until Ctrl-C, to look around"
 	@echo "make test PYTEST_FLAGS='-k vxlan -x'"
 
@@ -27,7 +29,7 @@ install: ## bring this machine what is missing, and make .venv
 	@PYTHON='$(PYTHON)' scripts/install.sh
 
 demo: install ## nodes in network namespaces here, pods that ping across (root)
-	@$(BIN)/flannelpy demo --nodes $(NODES) $(if $(HOLD),--hold) $(DEMO_FLAGS)
+	@$(BIN)/flannelpy demo --nodes $(NODES) --backend $(BACKEND) $(if $(HOLD),--hold) $(DEMO_FLAGS)
 
 test: install ## linters, types and every test (root for those in network namespaces)
 	@$(MAKE) --no-print-directory lint

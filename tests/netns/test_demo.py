@@ -87,15 +87,20 @@ def machine() -> Iterator[Machine]:
     made.close()
 
 
-def test_every_pod_reaches_every_other_pod_and_nothing_stays(machine: Machine) -> None:
-    code, out, err = machine.run("--nodes=3", "--output=json")
+@pytest.mark.parametrize(
+    ("backend", "mtu", "device"), [("vxlan", 1450, "flannel.1"), ("udp", 1472, "flannel0")]
+)
+def test_every_pod_reaches_every_other_pod_and_nothing_stays(
+    machine: Machine, backend: str, mtu: int, device: str
+) -> None:
+    code, out, err = machine.run("--nodes=3", "--output=json", f"--backend={backend}")
     assert code == 0, err
     result = json.loads(out)
     assert result["ok"]
     assert [row["node"] for row in result["nodes"]] == ["node1", "node2", "node3"]
     assert len({row["subnet"] for row in result["nodes"]}) == 3
     for row in result["nodes"]:
-        assert (row["reached"], row["peers"], row["mtu"], row["device"]) == (2, 2, 1450, "flannel.1")
+        assert (row["reached"], row["peers"], row["mtu"], row["device"]) == (2, 2, mtu, device)
     assert machine.left() == []
 
 

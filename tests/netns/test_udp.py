@@ -158,6 +158,27 @@ def test_a_forwarder_of_another_version_hands_its_descriptors_over(lab: Lab) -> 
     wait_until(lambda: not Path(f"/proc/{before}").exists(), "the old forwarder to go")
 
 
+def test_a_forwarder_that_systemd_started_is_used(lab: Lab) -> None:
+    """As flannelpy-udp.service does it: a listener that root made, in a network namespace of its own."""
+    lab.put_config(UDP)
+    one, two = lab.add_node(), lab.add_node()
+    script = (
+        "import ctypes, os, socket, sys; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+        "s.bind('\\0flannelpy/udp/flannel0'); s.listen(8);"
+        "os.dup2(s.fileno(), 3); os.set_inheritable(3, True);"
+        "ctypes.CDLL(None).unshare(0x40000000); print('listens', flush=True);"
+        "os.execv(sys.executable, [sys.executable, '-P', '-m', 'flannelpy.backends.udp'])"
+    )
+    unit = lab.start("unit", one.netns, [sys.executable, "-c", script])
+    wait_for_log(unit, "listens")
+    wait_ready([lab.start_daemon(node) for node in (one, two)])
+    for node in (one, two):
+        lab.add_pod(node)
+    reach(lab, one, address(two), 1472)
+    assert one.daemon is not None
+    assert "started a forwarder" not in log_of(one.daemon)
+
+
 def test_strangers_and_liars_are_shut_out_and_counted(lab: Lab) -> None:
     one, two = cluster(lab)
     stranger = lab.add_node()

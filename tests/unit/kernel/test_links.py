@@ -32,6 +32,7 @@ class RefusingSocket(NetlinkSocket):
     ("code", "words"),
     [
         (errno.EOPNOTSUPP, "this kernel has no vxlan: load it (modprobe vxlan)"),
+        (errno.EOPNOTSUPP, "by udp, which needs only TUN (Backend.Type: udp)"),
         (errno.EPERM, "run as root or with CAP_NET_ADMIN"),
         (errno.ENOMEM, "Cannot allocate memory"),
     ],
