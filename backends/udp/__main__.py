@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     control = Control(socket.socket(fileno=options.fd))
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
+        os.setpriority(os.PRIO_PROCESS, 0, min(_PRIORITY, os.getpriority(os.PRIO_PROCESS, 0)))
+        Path("/proc/self/autogroup").write_text(f"{_PRIORITY}\n")  # where sessions compete, not processes
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text("flannelpy-udp")
     drop_privileges()
