@@ -70,7 +70,7 @@ class Shape(NamedTuple):
     rigid: int
     """Mask of what is the same in all packets of a train."""
     required: int
-    """Mask of what may not be all zero: UDP's checksum, for UDP without one must stay so."""
+    """Mask of what may not be all zero: UDP's checksum, for UDP without one must stay so. 0 = no matter."""
     id_step: int
     """What one more IP ID adds to the number."""
     sequence: int
@@ -176,7 +176,7 @@ def _shape(version: int, protocol: int, l4: int) -> Shape:
         header,
         everything & ~sum_field,
         everything & ~loose,
-        everything if tcp else sum_field,
+        0 if tcp else sum_field,
         mask(4, 1) - mask(10, 1) if version == 4 else 0,
         (header - l3 - 8) * 8 if tcp else 0,
     )
@@ -209,17 +209,17 @@ def _shape_of(data: bytes, start: int, end: int) -> Shape | None:
 def _gather(data: bytes, view: memoryview, start: int, segment: int, shape: Shape) -> tuple[Write, int]:
     """The packet at `start` with all that follow it, as one write; and where the next one begins."""
     header, keep, required = shape.header, shape.keep, shape.required
-    payload = segment - header
+    payload, limit = segment - header, len(data) - segment
     steps = _steps(data, start, payload, shape)
     number = int.from_bytes
     previous = number(data[start : start + header]) & keep
     parts: Write = [PLAIN, b"", view[start + header : start + segment]]
     last, position, length = start, start + segment, len(data)
-    while position < length:
+    ends = False
+    while position < length and not ends:
         raw = number(data[position : position + header])
         current = raw & keep
-        ends = False
-        if current - previous not in steps or not raw & required or position + segment > length:
+        if current - previous not in steps or position > limit or (required and not raw & required):
             end = min(position + segment, length)
             if not _joins(data, last, position, end, shape, payload):
                 break
@@ -228,8 +228,6 @@ def _gather(data: bytes, view: memoryview, start: int, segment: int, shape: Shap
         parts.append(view[position + header : position + segment])
         previous, last = current, position
         position += segment
-        if ends:
-            break
     if last == start:
         return [PLAIN, view[start : start + segment]], position
     parts[0], parts[1] = _headers(data, start, last, min(position, length), shape, len(parts) - 2, payload)

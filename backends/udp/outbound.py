@@ -17,8 +17,8 @@ MAX_SEGMENTS = 64
 MAX_BYTES = 65507
 """The largest UDP payload over IPv4."""
 
-_IPV4 = struct.Struct("!BB14xI")
-"""Version and header length, TOS, destination."""
+_IPV4 = struct.Struct("!H14xI")
+"""Version, header length and TOS; destination."""
 
 
 class Departure(NamedTuple):
@@ -43,30 +43,39 @@ def group(packets: Sequence[memoryview], table: Table, segments: int = MAX_SEGME
     """Sort a batch, in its order, into departures of at most `segments` datagrams."""
     departures: list[Departure] = []
     unreachable: list[memoryview] = []
-    unpack, lookup = _IPV4.unpack_from, table.target
+    unpack = _IPV4.unpack_from
     members: list[memoryview] = []
-    last: Target | None = None
-    last_tos = size = left = 0
+    last: tuple[int, int] | None = None
+    target: Target = ("", 0)
+    tos = size = left = 0
     for packet in packets:
         length = len(packet)
-        target: Target | None
-        if length >= IPV4_BYTES and packet[0] >> 4 == 4:
-            _version, tos, destination = unpack(packet)
-            target = lookup(4, destination)
-        elif length >= IPV6_BYTES and packet[0] >> 4 == 6:
-            tos = traffic_class(packet)
-            target = lookup(16, int.from_bytes(packet[24:40]))
-        else:
-            target, tos = None, 0
-        if target is None:
-            unreachable.append(packet)
-            continue
-        if target is last and tos == last_tos and length <= size and left >= length:
-            members.append(packet)
-            # A shorter one ends it, and so does the last one that the kernel takes.
-            left = left - length if length == size and len(members) < segments else 0
-            continue
-        members = [packet]
-        departures.append(Departure(members, target, tos))
-        last, last_tos, size, left = target, tos, length, MAX_BYTES - length if segments > 1 else 0
+        way = unpack(packet) if length >= IPV4_BYTES else None
+        if way is None or way != last:
+            found, tos = _target_of(packet, table)
+            if found is None:
+                unreachable.append(packet)
+                last = None
+                continue
+            target = found
+            if not departures or (target, tos) != departures[-1][1:]:
+                left = 0
+            # A packet like the last one needs no look-up; only IPv4 is known by these bytes.
+            last = way if packet[0] >> 4 == 4 else None
+        if left < length or length > size:
+            members = []
+            departures.append(Departure(members, target, tos))
+            size, left = length, MAX_BYTES
+        members.append(packet)
+        # A shorter one ends it, and so does the last one that the kernel takes.
+        left = left - length if length == size and len(members) < segments else 0
     return Outbound(departures, unreachable)
+
+
+def _target_of(packet: memoryview, table: Table) -> tuple[Target | None, int]:
+    """(where it goes, TOS); None if nowhere."""
+    if len(packet) >= IPV4_BYTES and packet[0] >> 4 == 4:
+        return table.target(4, int.from_bytes(packet[16:20])), packet[1]
+    if len(packet) >= IPV6_BYTES and packet[0] >> 4 == 6:
+        return table.target(16, int.from_bytes(packet[24:40])), traffic_class(packet)
+    return None, 0
