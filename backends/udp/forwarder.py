@@ -22,15 +22,17 @@ _SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
 _SO_MEMINFO, _DROPS = 55, 8
 """The ninth number of SO_MEMINFO (linux/sock_diag.h): datagrams that found the receive buffer full."""
 _TUNGETIFF, _IFREQ = 0x800454D2, 40
-_BATCH = 64
-"""Packets or datagram batches taken from one side before the other gets its turn."""
+_PACKETS, _MESSAGES = 64, 16
+"""Taken from the TUN and from the socket before the other gets its turn; a message may be 64 datagrams."""
 _SLOT = VIRTIO_BYTES + 65535
-_INT = struct.Struct("@i")
+_INT, _SHORT = struct.Struct("@i"), struct.Struct("@H")
 _ANCILLARY = 2 * socket.CMSG_SPACE(_INT.size)
 _ERRORS_A_SECOND = 100.0
 """ICMP errors that are sent, as many at once."""
-_NO_OFFLOAD = frozenset((errno.EINVAL, errno.EMSGSIZE, errno.EIO, errno.EOPNOTSUPP))
-"""What a refused UDP_SEGMENT looks like: not known, larger than the path's MTU, no checksum offload."""
+_NEVER_TOGETHER = frozenset((errno.EIO, errno.EOPNOTSUPP))
+"""UDP_SEGMENT is refused for good: a device without checksum offload, on older kernels."""
+_NOT_TOGETHER = _NEVER_TOGETHER | {errno.EINVAL, errno.EMSGSIZE}
+"""... or for these packets: larger than the path's MTU."""
 
 
 class TunnelLostError(Exception):
@@ -48,7 +50,7 @@ class Forwarder:
         self.socket = sock
         self.table = table
         self.counts = counts
-        self._slots = [memoryview(bytearray(_SLOT)) for _ in range(_BATCH)]
+        self._slots = [memoryview(bytearray(_SLOT)) for _ in range(_PACKETS)]
         self._mark = (socket.IPPROTO_IP, socket.IP_TOS)
         if sock.family == socket.AF_INET6:
             self._mark = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS)
@@ -106,12 +108,10 @@ class Forwarder:
 
     def _depart(self, departure: Departure) -> None:
         packets, target, tos = departure
-        ancillary: list[tuple[int, int, bytes]] = (
-            [(socket.SOL_IP, socket.IP_TOS, _INT.pack(tos))] if tos else []
-        )
+        ancillary = [(*self._mark, _INT.pack(tos))] if tos else []
         try:
             if len(packets) > 1:
-                segment = (_SOL_UDP, _UDP_SEGMENT, len(packets[0]).to_bytes(2, "little"))
+                segment = (_SOL_UDP, _UDP_SEGMENT, _SHORT.pack(len(packets[0])))
                 sent = self.socket.sendmsg(packets, [segment, *ancillary], 0, target)
             else:
                 sent = self.socket.sendmsg(packets, ancillary, 0, target)
@@ -124,7 +124,9 @@ class Forwarder:
     def _refused(self, departure: Departure, error: OSError) -> None:
         """Send what could not go together one by one: then the kernel may fragment it."""
         packets, target, tos = departure
-        if len(packets) > 1 and error.errno in _NO_OFFLOAD:
+        if len(packets) > 1 and error.errno in _NOT_TOGETHER:
+            if error.errno in _NEVER_TOGETHER:
+                self._segments = 1
             self.counts["sent_singly"] += len(packets)
             for packet in packets:
                 self._depart(Departure([packet], target, tos))
@@ -161,14 +163,14 @@ class Forwarder:
         receive, counts, table = self.socket.recvmsg, self.counts, self.table
         check = not self.tunnel.open
         try:
-            for _ in range(_BATCH):
+            for _ in range(_MESSAGES):
                 data, ancillary, _flags, source = receive(65535, _ANCILLARY, socket.MSG_DONTWAIT)
                 segment, tos = len(data), 0
                 for level, kind, value in ancillary:
                     if level == _SOL_UDP and kind == _UDP_GRO:
                         segment = _INT.unpack(value)[0]
                     elif (level, kind) == self._mark:
-                        tos = value[0]
+                        tos = value[0] if len(value) == 1 else _INT.unpack(value)[0]
                 spans = table.sender(source[0]) if check else None
                 if check and spans is None:
                     counts["drop_stranger"] += -(-len(data) // segment) if segment else 1
