@@ -65,13 +65,8 @@ class Tunnels:
         tunnel = protocol.decode_tunnel(hello["tunnel"]) if hello.get("tunnel") else None
         if tunnel is not None:
             line.keep_copies(tunnel)
-        forwards: dict[Prefix, Address] = {}
-        following: int | None = 0
-        while following is not None:
-            answer = line.ask({"do": "observe", "from": following})
-            forwards.update(protocol.decode_forwards(answer["forwards"]))
-            following = answer["next"]
-        return tunnel, forwards
+        line.read_table()
+        return tunnel, dict(line.table)
 
     def items(self, device: str) -> list[Tunnel | Forward]:
         """The same, as items of a state. A forwarder that does not answer carries nothing for us."""
@@ -104,7 +99,11 @@ class Tunnels:
 
     def put(self, tunnel: Tunnel) -> None:
         """Make the forwarder carry this; it is started if there is none."""
-        line = self._line(tunnel.device) or self._start(tunnel.device)
+        line = self._line(tunnel.device)
+        if line is None:
+            line = self._start(tunnel.device)
+            # What its forerunner had. The packets that wait in the descriptors shall not find an empty table.
+            line.apply(line.table, ())
         line.take(tunnel)
         # Our own ICMP errors come in from the device with our own address; a stranger's may not.
         sysctl.write_quietly(f"net/ipv4/conf/{tunnel.device}/accept_local", "0" if tunnel.open else "1")
@@ -114,11 +113,7 @@ class Tunnels:
         line = self._line(device)
         if line is None:
             raise NetlinkError(errno.ESRCH, f"there is no forwarder of {device}")
-        puts = protocol.encode_forwards(put.items())
-        removals = [str(prefix) for prefix in gone]
-        for start in range(0, max(len(puts), len(removals)), protocol.PAGE):
-            part = slice(start, start + protocol.PAGE)
-            line.ask({"do": "apply", "put": puts[part], "gone": removals[part]})
+        line.apply(put, gone)
 
     def counters(self, device: str) -> dict[str, int]:
         """What a device's forwarder has counted since it started."""
@@ -178,6 +173,8 @@ class Tunnels:
         )
         with suppress(OSError, ValueError, TypeError, KeyError):
             line.keep_copies(protocol.decode_tunnel(hello["tunnel"]))
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            line.read_table()
         with suppress(OSError):
             line.ask({"do": "stop"})
         line.hang_up()
@@ -199,6 +196,8 @@ class _Line:
         self.device = device
         self.connection: socket.socket | None = None
         self.child: subprocess.Popen[bytes] | None = None
+        self.table: dict[Prefix, Address] = {}
+        """What the forwarder, or the one before it, was last known to have."""
         self._ended = ended
         self._bye = ""
         self._tunnel: Tunnel | None = None
@@ -231,6 +230,27 @@ class _Line:
         for descriptor in lent:
             os.close(descriptor)
         return answer
+
+    def read_table(self) -> None:
+        """Ask for the whole table."""
+        table: dict[Prefix, Address] = {}
+        following: int | None = 0
+        while following is not None:
+            answer = self.ask({"do": "observe", "from": following})
+            table.update(protocol.decode_forwards(answer["forwards"]))
+            following = answer["next"]
+        self.table = table
+
+    def apply(self, put: Mapping[Prefix, Address], gone: Sequence[Prefix]) -> None:
+        """Change the table."""
+        puts = protocol.encode_forwards(put.items())
+        removals = [str(prefix) for prefix in gone]
+        for start in range(0, max(len(puts), len(removals)), protocol.PAGE):
+            part = slice(start, start + protocol.PAGE)
+            self.ask({"do": "apply", "put": puts[part], "gone": removals[part]})
+        self.table.update(put)
+        for prefix in gone:
+            self.table.pop(prefix, None)
 
     def take(self, tunnel: Tunnel) -> None:
         """Have the tunnel carried, with the descriptors that are there or with new ones."""
