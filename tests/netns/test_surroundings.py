@@ -34,7 +34,7 @@ def test_waits_for_etcd_and_for_a_config_and_says_so_once(make_lab: Callable[...
     wait_for_log(daemon, "no network config yet: put one at /coreos.com/network/config")
     for text, words in (
         ('{"Network":', "not usable JSON"),
-        ('{"Network":"10.5.0.0/16","Backend":{"Port":0}}', "Backend.Port is 0"),
+        ('{"Network":"10.5.0.0/16","Backend":{"Type":"udp","Port":0}}', "Backend.Port is 0"),
         ('{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","VNI":-1}}', "Backend.VNI is -1"),
         ('{"Network":"10.5.0.0/16","Backend":{"Type":"pigeon"}}', "'pigeon' is not in this version"),
         ('{"Network":"10.5.0.0/16","SubnetMin":"10.5.9.0","SubnetMax":"10.5.1.0"}', "SubnetMin is 10.5.9.0"),
