@@ -210,6 +210,7 @@ class Control:
 
     def _stop(self, message: Message, descriptors: list[int]) -> Answer:
         self._stopping = True
+        self._listener.close()  # before the answer: whoever hears it and looks for a forwarder finds none
         return {}, []
 
 

@@ -12,8 +12,8 @@ import logging
 import os
 import socket
 import struct
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ParamSpec
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0
 """Seconds for an answer: a new process has Python to start first."""
+_DYING = 0.3
+"""Seconds between a forwarder's last word and its end."""
 _CREDENTIALS = struct.Struct("=iII")
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV")
 """All that a forwarder is told of ours: the rest may hold passwords."""
@@ -65,8 +67,13 @@ class Tunnels:
         tunnel = protocol.decode_tunnel(hello["tunnel"]) if hello.get("tunnel") else None
         if tunnel is not None:
             line.keep_copies(tunnel)
-        line.read_table()
-        return tunnel, dict(line.table)
+        forwards: dict[Prefix, Address] = {}
+        following: int | None = 0
+        while following is not None:
+            answer = line.ask({"do": "observe", "from": following})
+            forwards.update(protocol.decode_forwards(answer["forwards"]))
+            following = answer["next"]
+        return tunnel, forwards
 
     def items(self, device: str) -> list[Tunnel | Forward]:
         """The same, as items of a state. A forwarder that does not answer carries nothing for us."""
@@ -83,9 +90,6 @@ class Tunnels:
     def carry_out(self, ops: Sequence[Op]) -> list[Failure]:
         """Do it, a table at a time; what was refused."""
         failures: list[Failure] = []
-        for op in ops:
-            if isinstance(op, Put) and isinstance(op.item, Tunnel):
-                failures += _attempt([op], self.put, op.item)
         for device in sorted({op.item.device for op in ops if isinstance(op.item, Forward)}):
             part = [op for op in ops if isinstance(op.item, Forward) and op.item.device == device]
             forwards = [(op, op.item) for op in part if isinstance(op.item, Forward)]
@@ -93,27 +97,29 @@ class Tunnels:
             gone = [item.subnet for op, item in forwards if isinstance(op, Remove)]
             failures += _attempt(part, self.apply, device, put, gone)
         for op in ops:
-            if isinstance(op, Remove) and isinstance(op.item, Tunnel):
-                failures += _attempt([op], self.remove, op.item.device)
+            if isinstance(op.item, Tunnel):
+                if isinstance(op, Put):
+                    failures += _attempt([op], self.put, op.item)
+                else:
+                    failures += _attempt([op], self.remove, op.item.device)
         return failures
 
     def put(self, tunnel: Tunnel) -> None:
         """Make the forwarder carry this; it is started if there is none."""
-        line = self._line(tunnel.device)
-        if line is None:
-            line = self._start(tunnel.device)
-            # What its forerunner had. The packets that wait in the descriptors shall not find an empty table.
-            line.apply(line.table, ())
-        line.take(tunnel)
+        self._ensure(tunnel.device).take(tunnel)
         # Our own ICMP errors come in from the device with our own address; a stranger's may not.
         sysctl.write_quietly(f"net/ipv4/conf/{tunnel.device}/accept_local", "0" if tunnel.open else "1")
 
     def apply(self, device: str, put: Mapping[Prefix, Address], gone: Sequence[Prefix]) -> None:
-        """Change the table of a device's forwarder."""
-        line = self._line(device)
-        if line is None:
-            raise NetlinkError(errno.ESRCH, f"there is no forwarder of {device}")
-        line.apply(put, gone)
+        """Change the table of a device's forwarder, which is started for it: it carries nothing before."""
+        if not put and self._line(device) is None:
+            return  # the entries went with it
+        line = self._ensure(device)
+        puts = protocol.encode_forwards(put.items())
+        removals = [str(prefix) for prefix in gone]
+        for start in range(0, max(len(puts), len(removals)), protocol.PAGE):
+            part = slice(start, start + protocol.PAGE)
+            line.ask({"do": "apply", "put": puts[part], "gone": removals[part]})
 
     def counters(self, device: str) -> dict[str, int]:
         """What a device's forwarder has counted since it started."""
@@ -126,6 +132,7 @@ class Tunnels:
         if line is not None:
             with suppress(ForwarderGoneError):
                 line.ask({"do": "stop"})
+            line.reap()
             self._drop(line)
 
     # --- finding and starting ----------------------------------------------------------------------------
@@ -143,6 +150,10 @@ class Tunnels:
         self._lines[device] = line
         return line
 
+    def _ensure(self, device: str) -> "_Line":
+        """The connection to a device's forwarder, which is started if there is none."""
+        return self._line(device) or self._start(device)
+
     def _start(self, device: str) -> "_Line":
         """Start a detached forwarder. The listener is ours, so that others see whose it is."""
         line = self._lines.setdefault(device, _Line(device, self._ended))
@@ -151,17 +162,18 @@ class Tunnels:
             listener.listen(8)
             number = listener.fileno()
             words = [sys.executable, "-P", "-m", "flannelpy.backends.udp", f"--fd={number}"]
-            line.child = subprocess.Popen(
+            listener.set_inheritable(True)
+            line.child = os.posix_spawn(
+                sys.executable,
                 words,
-                stdin=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-                pass_fds=(number,),
-                start_new_session=True,
+                {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+                setsid=True,
             )
             connection = _connect(device)
         if connection is None:
             raise NetlinkError(errno.ECONNREFUSED, f"the new forwarder of {device} cannot be reached")
-        log.info("started a forwarder of %s, process %d", device, line.child.pid)
+        log.info("started a forwarder of %s, process %d", device, line.child)
         line.attach(connection)
         return line
 
@@ -173,10 +185,9 @@ class Tunnels:
         )
         with suppress(OSError, ValueError, TypeError, KeyError):
             line.keep_copies(protocol.decode_tunnel(hello["tunnel"]))
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            line.read_table()
         with suppress(OSError):
             line.ask({"do": "stop"})
+        line.reap()
         line.hang_up()
 
     def _ended(self, line: "_Line") -> None:
@@ -195,9 +206,8 @@ class _Line:
     def __init__(self, device: str, ended: "Callable[[_Line], None]") -> None:
         self.device = device
         self.connection: socket.socket | None = None
-        self.child: subprocess.Popen[bytes] | None = None
-        self.table: dict[Prefix, Address] = {}
-        """What the forwarder, or the one before it, was last known to have."""
+        self.child = 0
+        """Its process, if we started it."""
         self._ended = ended
         self._bye = ""
         self._tunnel: Tunnel | None = None
@@ -230,27 +240,6 @@ class _Line:
         for descriptor in lent:
             os.close(descriptor)
         return answer
-
-    def read_table(self) -> None:
-        """Ask for the whole table."""
-        table: dict[Prefix, Address] = {}
-        following: int | None = 0
-        while following is not None:
-            answer = self.ask({"do": "observe", "from": following})
-            table.update(protocol.decode_forwards(answer["forwards"]))
-            following = answer["next"]
-        self.table = table
-
-    def apply(self, put: Mapping[Prefix, Address], gone: Sequence[Prefix]) -> None:
-        """Change the table."""
-        puts = protocol.encode_forwards(put.items())
-        removals = [str(prefix) for prefix in gone]
-        for start in range(0, max(len(puts), len(removals)), protocol.PAGE):
-            part = slice(start, start + protocol.PAGE)
-            self.ask({"do": "apply", "put": puts[part], "gone": removals[part]})
-        self.table.update(put)
-        for prefix in gone:
-            self.table.pop(prefix, None)
 
     def take(self, tunnel: Tunnel) -> None:
         """Have the tunnel carried, with the descriptors that are there or with new ones."""
@@ -330,12 +319,21 @@ class _Line:
             return
         self._ended(self)
 
+    def reap(self) -> int | None:
+        """Wait for the end of our child, which is near; its exit code, a signal as a negative number."""
+        deadline = time.monotonic() + _DYING
+        while self.child and time.monotonic() < deadline:
+            with suppress(ChildProcessError):
+                found, status = os.waitpid(self.child, os.WNOHANG)
+                if found:
+                    self.child = 0
+                    return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+        return None
+
     def last_words(self) -> str:
         """Why it ended, as far as can be known."""
-        code = None
-        if self.child is not None:
-            with suppress(subprocess.TimeoutExpired):
-                code = self.child.wait(0.1)
+        code = self.reap()
         if self._bye:
             return self._bye
         if code is None:
@@ -347,7 +345,7 @@ P = ParamSpec("P")
 
 
 def _attempt(
-    ops: Sequence[Op], act: Callable[P, None], *arguments: P.args, **keywords: P.kwargs
+    ops: Sequence[Op], act: Callable[P, object], *arguments: P.args, **keywords: P.kwargs
 ) -> list[Failure]:
     """Act; if that is refused, so are all of these operations."""
     try:

@@ -2,9 +2,9 @@
 
 The order is the point of this module. A route that is present must be able to deliver, after every single
 operation: the FDB entry is put before the neighbour that names its MAC, the neighbour before the route that
-names its address, a forwarder before its entries and these before the route into it; removal goes the other
-way. (flannel puts the neighbour first: when a peer's MAC changes, there is a moment with a neighbour whose
-MAC leads nowhere.)
+names its address, the forwarding entries before the tunnel that takes up what waits for them, the tunnel
+before the route into it; removal goes the other way. (flannel puts the neighbour first: when a peer's MAC
+changes, there is a moment with a neighbour whose MAC leads nowhere.)
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,16 +50,16 @@ def plan(desired: State, observed: State) -> list[Op]:
         *map(Remove, remade),
         *_puts(desired.links, left.links),
         *_puts(desired.addresses, left.addresses),
-        *_puts(desired.tunnels, left.tunnels),
         *_puts(desired.fdb, left.fdb),
         *_puts(desired.neighbours, left.neighbours),
         *_puts(desired.forwards, left.forwards),
+        *_puts(desired.tunnels, left.tunnels),
         *_puts(desired.routes, left.routes),
         *_removals(desired.routes, left.routes),
+        *_removals(desired.tunnels, left.tunnels),
         *_removals(desired.forwards, left.forwards),
         *_removals(desired.neighbours, left.neighbours),
         *_removals(desired.fdb, left.fdb),
-        *_removals(desired.tunnels, left.tunnels),
         *_removals(desired.addresses, left.addresses),
         # A device that is not needed any more goes last: what replaces it stands by now.
         *map(Remove, stale),

@@ -17,6 +17,7 @@ from flannelpy.model.kernel import (
     ROUTE_PROTOCOL,
     DeviceAddress,
     FdbEntry,
+    Forward,
     Item,
     Link,
     Neighbour,
@@ -24,6 +25,7 @@ from flannelpy.model.kernel import (
     Scope,
     Shaken,
     State,
+    Tunnel,
     Vxlan,
     default_metric,
 )
@@ -348,6 +350,34 @@ def test_strangers_on_our_device_are_found_and_others_are_not_ours(linux: LinuxK
     assert len(ops) == 6, [str(op) for op in ops]
     settle(linux, desired)
     assert "10.5.50.0/24" in run("ip", "route")
+
+
+def carried(entries: int, *, port: int = 8285, first: int = 2) -> State:
+    """What udp needs, with so many peers' subnets."""
+    base = parse_v4("10.5.0.0")
+    subnets = (Prefix((0x0A050000 + (number + 1 << 4)).to_bytes(4), 28) for number in range(entries))
+    return State(
+        [
+            Link("flannel0", "tun", b"", 1472, True),
+            DeviceAddress("flannel0", Prefix(base, 32)),
+            Tunnel("flannel0", parse_v4("192.0.2.1"), port, 1472, (base,)),
+            *(Forward("flannel0", subnet, parse_v4(f"192.0.2.{first}")) for subnet in subnets),
+            Route(NETWORKS[0], "flannel0", None),
+        ]
+    )
+
+
+@pytest.mark.parametrize("entries", [3, 4000])
+def test_a_forwarder_and_its_entries_are_kept_like_any_table(kernel: Kernel, entries: int) -> None:
+    scope = Scope(frozenset(["flannel0"]), NETWORKS)
+    for desired in (
+        carried(entries),
+        carried(entries - 1, first=3),  # another peer, one less
+        carried(entries - 1, first=3, port=9000),  # another socket for the same table
+        State(),
+    ):
+        assert kernel.apply(plan(desired, kernel.observe(scope))) == []
+        assert kernel.observe(scope) == desired
 
 
 @pytest.mark.root
