@@ -83,6 +83,8 @@ class Claim:
         self._lost = False
         """Our record was deleted, or a whole listing came without it or with an older one."""
         self._new_history = False
+        self._resumed = False
+        """Our lease is from an earlier life, and that may have written the record once more."""
         self._gave_way = False
         """The record is left to another machine that has our public IP."""
         self._unpublished = False
@@ -106,6 +108,8 @@ class Claim:
     def resume(self, own: Lease, seconds: float) -> None:
         """Go on with a lease from an earlier life that lasts so much longer; write it as soon as possible."""
         self.own = own
+        # What has happened in the store since is unknown: write nothing new before its config was seen.
+        self._resumed = self._new_history = True
         self._renew_at = asyncio.get_running_loop().time() + max(0.0, seconds - self._margin)
         self.publish()
 
@@ -122,9 +126,11 @@ class Claim:
         theirs = next((lease for lease in found if lease.key == own.key), None)
         if isinstance(update, Snapshot):
             self._new_history = self._new_history or update.new_history
-            # A lower revision is another history: a backup was restored, and knows an older record at best.
             known = theirs is not None or own.key in dict(update.unreadable)
             self._lost = not known or (theirs is not None and theirs.revision < own.revision)
+            if update.new_history:
+                # Its revisions cannot be compared with ours. Restored as we wrote it, the record is ours.
+                self._lost = theirs != own
         elif own.key in update.gone and update.revision > own.revision:
             self._lost = True
         # Our own writes come back, too, perhaps before their answer: `keep` compares again.
@@ -150,12 +156,14 @@ class Claim:
             if publishing:
                 own = own._replace(attrs=self._offer(own, ()))
             lost, self._lost = self._lost, False
-            renewed = await self._ask(partial(self._store.renew, own), "renew our lease")
+            self._lost = lost and self._new_history
+            renewed = await self._ask(partial(self._renew, own), "renew our lease")
             if renewed is None:
                 self._lost = self._lost or lost
                 await self._recover(own)
                 continue
             log.info("renewed our lease %s", renewed.key)
+            self._new_history = self._new_history and self._lost
             self._note_written(renewed)
             if not self._gave_way:
                 self._health.conflict = None
@@ -164,6 +172,10 @@ class Claim:
                 now = asyncio.get_running_loop().time()
                 self._repeats = [now + seconds for seconds in _REPEAT_SECONDS]
                 self._telling.moved(renewed)
+
+    async def _renew(self, own: Lease) -> Lease | None:
+        """One attempt. Revisions of another history may equal ours by chance, and say nothing."""
+        return None if self._lost and self._new_history else await self._store.renew(own)
 
     # --- waiting -----------------------------------------------------------------------------------------
 
@@ -193,7 +205,7 @@ class Claim:
     def _note_written(self, own: Lease) -> None:
         """The record is ours, as we wrote it just now."""
         self.own = own
-        self._unsigned = True
+        self._unsigned, self._resumed = True, False
         # Up to a tenth earlier: a cluster that started at once must not renew at once.
         period = (TTL_SECONDS - self._margin) * self._random.uniform(0.9, 1.0)
         self._renew_at = asyncio.get_running_loop().time() + period
@@ -211,6 +223,7 @@ class Claim:
         theirs = self._theirs
         is_twin = (
             not self._lost
+            and not self._resumed
             and theirs is not None
             and theirs.revision > own.revision
             and theirs.etcd_lease_id != 0  # else an operator wrote it: a reservation for us
@@ -259,12 +272,9 @@ class Claim:
             log.info(
                 "our lease %s was written by somebody else with the same value: going on with it", lost.key
             )
-        if self._new_history:
-            await self._matching_config()
         self._previous = Previous(self._config.network, lost.subnet, self._config.network6, lost.subnet6)
-        self._unpublished = self._lost = self._new_history = False
-        running = Running(lost, self._held())
-        own = await self._ask(self._acquire(running), "take our lease back")
+        self._unpublished = self._lost = False
+        own = await self._ask(partial(self._acquire_again, lost), "take our lease back")
         if self._gave_way:
             self._gave_way = False
             self._health.conflict = None
@@ -278,6 +288,13 @@ class Claim:
                 own.key,
             )
         self._telling.moved(own)
+
+    async def _acquire_again(self, lost: Lease) -> Lease:
+        """One attempt: since the last one the store may have begun another history."""
+        while self._new_history:
+            self._new_history = False
+            await self._matching_config()
+        return await self._acquire(Running(lost, self._held()))()
 
     async def _matching_config(self) -> None:
         """Nothing is written into a new history before it has a config that describes our network."""

@@ -114,7 +114,7 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         store = await stack.enter_async_context(_store(settings, health, notify))
         origin = Origin(settings.etcd_prefix, tuple(settings.etcd_endpoints))
         memory = _remembered(settings, origin)
-        learned = await _learn_network(store, notify, memory)
+        learned = await _learn_network(store, notify, memory, time.time())
         silent = learned is None
         if learned is None:
             assert memory is not None  # noqa: S101  # else it waits for ever
@@ -328,14 +328,14 @@ def _etcd_client(settings: Settings) -> "EtcdClient":
 
 
 async def _learn_network(
-    store: Store, notify: Notify, memory: Memory | None
+    store: Store, notify: Notify, memory: Memory | None, now: float
 ) -> tuple[str, NetworkConfig, Backend] | None:
     """(text, config, backend): wait until there is one that can be served; say once what is wrong.
 
     None if there is a memory that will do, and the store does not answer.
     """
     said = ""
-    usable = memory is not None and memory.is_valid_at(time.time())
+    usable = memory is not None and memory.is_valid_at(now)
     with suppress(TimeoutError):
         async with (
             asyncio.timeout(PATIENCE_SECONDS if usable else None) as patience,

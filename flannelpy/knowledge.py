@@ -6,7 +6,7 @@ A copy of it goes to disk, so that a reboot while the store is away does not for
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from flannelpy.backend import load
 from flannelpy.health import Health
@@ -49,6 +49,9 @@ class Knowledge:
         self._applied = applied
         self._leases = Leases() if memory is None else Leases(memory.peers, memory.held, memory.began)
         self._dirty = asyncio.Event()
+        self._urgent = asyncio.Event()
+        """Our lease is another one: with the copy as it is, a start would claim what is not ours any more."""
+        self._saved: Lease | None = None if memory is None else memory.own
         self._expires = 0.0 if memory is None else memory.expires
         """When the store forgets our record unless it is written again; 0 = it was not written yet."""
         if memory is not None:
@@ -70,20 +73,16 @@ class Knowledge:
         """Every record that counts."""
         return tuple(self._leases.known.values())
 
-    @property
-    def history_began(self) -> int:
-        """The revision at which we met the history that the held peers are not in."""
-        return self._leases.began
-
     def held(self) -> tuple[Lease, ...]:
         """The peers without a record."""
         return tuple(one.lease for one in self._leases.held.values())
 
     def let_go(self) -> Delta:
         """End the hold: what the store says is all there is."""
+        held = len(self._leases.held)
         gone = self._leases.let_go()
-        if gone.gone:
-            log.warning("%d held peers are let go", len(gone.gone))
+        if held:
+            log.warning("%d held peers are let go", held)
         self._health.held = 0
         self._dirty.set()
         return gone
@@ -106,21 +105,31 @@ class Knowledge:
 
     # --- the copy ----------------------------------------------------------------------------------------
 
-    def written(self, _own: Lease) -> None:
+    def written(self, own: Lease) -> None:
         """Our record was written: it lives for a whole TTL from now."""
         self._expires = self._wall_clock() + TTL_SECONDS
         self._dirty.set()
+        if self._saved is not None and self._saved.key != own.key:
+            self._urgent.set()
 
     async def keep_copy(self, own: Callable[[], Lease | None], save: Callable[[Memory], None]) -> None:
         """Write the copy soon after a change, for ever."""
         while True:
             await self._dirty.wait()
-            await asyncio.sleep(_GATHER_SECONDS)
+            await self._pause(_GATHER_SECONDS)
             self._dirty.clear()
             lease, head = own(), self._store.head
             if lease is not None and head is not None and self._expires:
                 save(self._memory(lease, head))
-                await asyncio.sleep(_SAVE_SECONDS)
+                self._saved = lease
+                self._urgent.clear()
+                await self._pause(_SAVE_SECONDS)
+
+    async def _pause(self, seconds: float) -> None:
+        """Unless it is urgent."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._urgent.wait()
 
     def _memory(self, own: Lease, head: Head) -> Memory:
         leases = self._leases

@@ -150,6 +150,8 @@ class Node:
         self._strangers: Strangers | None = None
         self._env = ""
         self._looking_again = False
+        self._hold: asyncio.TimerHandle | None = None
+        """When the held peers are let go."""
 
     async def live(self) -> None:
         """From the claim on a subnet to the end."""
@@ -177,6 +179,8 @@ class Node:
         port = port_of(parts.config, parts.host.links(parts.backend.devices))
         if parts.peer_filter is not None and port is not None:
             self._strangers = Strangers(parts.peer_filter, port, parts.health, enforce=parts.enforce)
+        if self._knowledge.held():
+            self._hold_for_a_while()
         if from_memory:
             reconciler.offer(Delta(self._knowledge.all_leases(), (), 0))
         async with asyncio.TaskGroup() as tasks:
@@ -203,7 +207,7 @@ class Node:
         gone = self._knowledge.let_go()
         if self._reconciler is not None:
             self._reconciler.offer(gone)
-        return len(gone.gone)
+        return len(gone.gone) + len(gone.put)
 
     async def _first_lease(self) -> tuple[Lease, bool]:
         """(our lease, whether it is from memory because the store does not answer)."""
@@ -214,6 +218,8 @@ class Node:
             async with asyncio.timeout(0 if self._parts.store_is_silent else PATIENCE_SECONDS):
                 return await self._claim.take(), False
         now = self._parts.wall_clock()
+        if not memory.is_valid_at(now):  # the machine slept meanwhile
+            return await self._claim.take(), False
         log.warning(
             "the store does not answer: starting with our lease %s and %d peers as they were %.0f s ago",
             memory.own.key,
@@ -247,7 +253,7 @@ class Node:
                     here = (uplink.address, uplink.address6)
                     self._strangers.offer(here, (*known.all_leases(), *known.held()))
                 if isinstance(update, Snapshot) and update.new_history:
-                    asyncio.get_running_loop().call_later(TTL_SECONDS, self._forget_held, update.revision)
+                    self._hold_for_a_while()
 
     async def _follow_kernel(self, reconciler: Reconciler) -> None:
         async with aclosing(self._parts.host.changes()) as changes:
@@ -383,10 +389,11 @@ class Node:
         for warning in overlap_warnings(parts.config, addresses, parts.host.routed(), ours, own.subnets()):
             log.warning("%s", warning)
 
-    def _forget_held(self, began: int) -> None:
+    def _hold_for_a_while(self) -> None:
         """Who has not written its record within a TTL is gone."""
-        if self._knowledge.history_began == began:
-            self.confirm()
+        if self._hold is not None:
+            self._hold.cancel()
+        self._hold = asyncio.get_running_loop().call_later(TTL_SECONDS, self.confirm)
 
     def _config_applied(self, config: NetworkConfig) -> None:
         self._claim.use(config)

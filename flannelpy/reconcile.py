@@ -209,11 +209,14 @@ class Reconciler:
         if shaken and self._shaken is None:
             self._shaken = (shaken[0], work.since)
         self._all_dirty = self._all_dirty or bool(shaken) or work.moved
+        was_synced = self._peers.synced
         for update in work.updates:
             change = self._peers.update(update)
             self._note_unreadable(update)
             touched.update(change.touched)
             self._all_dirty = self._all_dirty or change.full
+        if self._peers.synced and not was_synced:
+            self._all_dirty = True  # what nobody needs was left alone until now
         if self._all_dirty and asyncio.get_running_loop().time() >= self._not_before:
             await self._full_pass("leases changed" if work.updates else "trying again", work.since)
         elif len(touched) and self.first_pass_done.is_set():

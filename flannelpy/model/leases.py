@@ -5,7 +5,10 @@ nodes are alive and their packets flow, so the peers stay ("held") until each ha
 until somebody else has claimed its subnet since, or until the operator lets them go.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot, same_node
@@ -28,18 +31,27 @@ class Leases:
         """Key -> the record that counts, our own among them."""
         self.began = began
         """The new history's revision when we met it: what was written later is by somebody alive."""
+        self._withheld: dict[str, Lease] = {}
+        """The older records of the new history in whose place peers are held."""
+        self._following = False
+        """Whether the store has said anything yet: what is known from an earlier life may be out of date."""
 
     def after(self, update: LeaseUpdate, own: Lease) -> LeaseUpdate:
         """Take in what the store says; the same with the held peers in it."""
+        was_following, self._following = self._following, True
         if isinstance(update, Delta):
             return self._after_delta(update)
         if update.new_history:
-            self._hold(update, own)
+            self._hold(update, own, prefer_known=was_following)
         else:
             told = {lease.key: lease.revision for lease in update.leases}
             told.update((key, -1) for key, _reason in update.unreadable)
             self._release([key for key, held in self.held.items() if told.get(key, 0) != held.stale])
-        self._make_room([lease for lease in update.leases if lease.revision > self.began])
+        from_memory = update.new_history and not was_following
+        self._make_room([lease for lease in update.leases if self._is_news(lease)])
+        if from_memory:
+            self._release(_overlapped(update.leases, self.held))
+        self._withheld = {lease.key: lease for lease in update.leases if lease.key in self.held}
         held = [one.lease for one in self.held.values()]
         leases = (*(lease for lease in update.leases if lease.key not in self.held), *held)
         before = self.known
@@ -51,13 +63,11 @@ class Leases:
 
     def let_go(self) -> Delta:
         """End the hold: what the store says is all there is."""
-        gone = tuple(self.held)
+        gone = list(self.held)
         self._release(gone)
-        for key in gone:
-            del self.known[key]
-        return Delta((), gone, 0)
+        return self._without(gone, Delta((), (), 0))
 
-    def _hold(self, update: Snapshot, own: Lease) -> None:
+    def _hold(self, update: Snapshot, own: Lease, *, prefer_known: bool) -> None:
         told = {lease.key: lease for lease in update.leases}
         unreadable = dict(update.unreadable)
         self.began = update.revision
@@ -68,32 +78,52 @@ class Leases:
             now = told.get(key)
             if now is None:
                 self.held[key] = Held(lease, 0)
-            elif now.attrs != lease.attrs and now.revision < lease.revision:
+            elif prefer_known and now.attrs != lease.attrs and now.revision < lease.revision:
                 self.held[key] = Held(lease, now.revision)
 
     def _after_delta(self, update: Delta) -> Delta:
-        self._release([*(lease.key for lease in update.put), *update.gone])
-        gone = (*update.gone, *self._make_room(update.put))
-        for key in gone:
+        news = [lease for lease in update.put if self._is_news(lease)]
+        told = [*(lease.key for lease in update.put), *update.gone]
+        self._release(told)
+        for key in told:
+            self._withheld.pop(key, None)
+        for key in update.gone:
             self.known.pop(key, None)
         self.known.update((lease.key, lease) for lease in update.put)
-        return update._replace(gone=gone)
+        return self._without(self._make_room(news), update)
+
+    def _without(self, released: Sequence[str], update: Delta) -> Delta:
+        """The update with the end of these holds in it: the store's own records count now, if it has any."""
+        back = tuple(self._withheld.pop(key) for key in released if key in self._withheld)
+        gone = [key for key in released if key not in {lease.key for lease in back}]
+        for key in gone:
+            del self.known[key]
+        self.known.update((lease.key, lease) for lease in back)
+        return update._replace(put=(*update.put, *back), gone=(*update.gone, *gone))
+
+    def _is_news(self, lease: Lease) -> bool:
+        """Whether it was written since we met this history, and may be in the way of a held peer.
+
+        Most of a cluster comes back as it was. What the new history had already is news when it is written
+        again: until then it may have been from before the backup.
+        """
+        if not self.held or lease.revision <= self.began:
+            return False
+        before = self.known.get(lease.key)
+        if before is None or before.attrs != lease.attrs:
+            return True
+        return lease.key not in self.held and before.revision <= self.began
 
     def _make_room(self, written: Sequence[Lease]) -> list[str]:
         """A held peer gives way to what was written since: its node has moved, or its subnet is another's."""
-        if not self.held:
-            return []
-        known = self.known
-        # Most of a cluster comes back as it was: only the others can be in the way of a held peer.
-        changed = [one for one in written if one.key not in known or known[one.key].attrs != one.attrs]
-        gone = [
+        gone = dict.fromkeys(
             key
-            for lease in changed
+            for lease in written
             for key, held in self.held.items()
             if key != lease.key and _replaces(lease, held.lease)
-        ]
+        )
         self._release(gone)
-        return gone
+        return list(gone)
 
     def _release(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -104,3 +134,18 @@ def _replaces(lease: Lease, held: Lease) -> bool:
     return same_node(lease.attrs, held.attrs) or any(
         one.overlaps(other) for one in lease.subnets() for other in held.subnets()
     )
+
+
+def _overlapped(leases: Iterable[Lease], held: Mapping[str, Held]) -> list[str]:
+    """The held keys with an address that another key's lease has, too. Both may be thousands."""
+    spans = sorted((*span, lease.key) for lease in leases for span in lease.spans())
+    ends = list(accumulate(((bits, last) for bits, _first, last, _key in spans), max))
+    found = []
+    for key, one in held.items():
+        for bits, first, last in one.lease.spans():
+            # Before `place` begin all that may overlap it; the longest of them reaches up to `ends`.
+            place = bisect_right(spans, (bits, last, math.inf, ""))
+            if place and ends[place - 1] >= (bits, first) and spans[place - 1][3] != key:
+                found.append(key)
+                break
+    return found

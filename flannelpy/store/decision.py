@@ -36,7 +36,7 @@ class Create(NamedTuple):
 
 
 class MakeRoom(NamedTuple):
-    """Nothing is free, but leases of ours for another config are in the way: delete them, ask again."""
+    """Other leases of ours are in the way (for another config, or restored): delete them, ask again."""
 
     leases: tuple[Lease, ...]
 
@@ -54,13 +54,21 @@ def decide(
     mine = own_leases(listing, ours)
     fitting = [lease for lease in mine if is_compatible(config, lease.subnet, lease.subnet6)]
     wanted = _pair(running.own) if running else (previous.subnet, previous.subnet6)
-    for lease in fitting:
+    for lease in mine if running else fitting:
         if _pair(lease) == wanted:
             return TakeOver(lease)
     taken = [*listing.taken, *refused]
-    # A restored backup may hold an older lease of ours: packets flow by the one that we have now.
-    if running and is_compatible(config, *wanted) and not any(overlap(wanted, pair) for pair in taken):
-        return Create(*wanted)
+    if running:
+        former = next((lease for lease in listing.leases.values() if _is_former(lease, running.own)), None)
+        if former is not None:
+            return TakeOver(former)
+        in_the_way = [lease for lease in mine if overlap(_pair(lease), wanted)]
+        if in_the_way:  # half of a pair that we had once
+            return MakeRoom(tuple(in_the_way))
+        # A restored backup may hold an older lease of ours, and SubnetMin may have changed: packets flow by
+        # the one that we have now.
+        if not any(overlap(wanted, pair) for pair in taken):
+            return Create(*wanted)
     if fitting:
         return TakeOver(fitting[0])
     held = [_pair(lease) for lease in running.held] if running else []
@@ -77,6 +85,12 @@ def overlap(one: Pair, other: Pair) -> bool:
     return any(a is not None and b is not None and a.overlaps(b) for a, b in zip(one, other, strict=True))
 
 
+def _is_former(lease: Lease, own: Lease) -> bool:
+    """Whether it is our own record from a backup of the time when we had another address: it has our MAC."""
+    data = [(attrs.backend_data, attrs.backend_v6_data) for attrs in (lease.attrs, own.attrs)]
+    return _pair(lease) == _pair(own) and data[0] == data[1] != (None, None)
+
+
 def _pair(lease: Lease) -> Pair:
     return lease.subnet, lease.subnet6
 
@@ -86,11 +100,21 @@ def own_leases(listing: Listing, ours: LeaseAttrs) -> list[Lease]:
     return [lease for lease in listing.leases.values() if same_node(lease.attrs, ours)]
 
 
-def stale_leases(config: NetworkConfig, listing: Listing, ours: LeaseAttrs) -> list[Lease]:
-    """Those of our leases that do not fit the config any more."""
+def stale_leases(config: NetworkConfig, listing: Listing, ours: LeaseAttrs, own: Lease) -> list[Lease]:
+    """Those of our leases that do not fit the config any more; never `own`, the one that was just written."""
     return [
-        lease for lease in own_leases(listing, ours) if not is_compatible(config, lease.subnet, lease.subnet6)
+        lease
+        for lease in own_leases(listing, ours)
+        if lease.key != own.key and not is_compatible(config, lease.subnet, lease.subnet6)
     ]
+
+
+def other_nodes(listing: Listing, ours: LeaseAttrs, decision: TakeOver | Create) -> tuple[Lease, ...]:
+    """The leases of all others; what is taken over is ours, under whichever address."""
+    former = decision.lease.key if isinstance(decision, TakeOver) else None
+    return tuple(
+        lease for lease in listing.leases.values() if lease.key != former and not same_node(lease.attrs, ours)
+    )
 
 
 def lacks_most(known: Collection[str], listing: Listing) -> bool:

@@ -9,7 +9,7 @@ from random import Random
 
 from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
-from flannelpy.model.lease import Lease, LeaseAttrs, same_node
+from flannelpy.model.lease import Lease, LeaseAttrs
 from flannelpy.model.subnet import PoolFull, Previous
 from flannelpy.store import Head, Offer, Running
 from flannelpy.store.decision import (
@@ -19,6 +19,7 @@ from flannelpy.store.decision import (
     TakeOver,
     decide,
     has_rival,
+    other_nodes,
     own_leases,
     stale_leases,
 )
@@ -68,7 +69,7 @@ class Acquisition:
                 await quietly(self._records.client.revoke(self._grant))
             raise
         gone = []
-        for lease in stale_leases(self._config, state.listing, self._ours):
+        for lease in stale_leases(self._config, state.listing, self._ours, own):
             if await quietly(self._records.remove(lease)):
                 gone.append(lease.key)
                 await self._records.retire(lease.etcd_lease_id)
@@ -132,9 +133,7 @@ class Acquisition:
 
     async def _wanted(self, decision: TakeOver | Create, state: State) -> Lease:
         """The record to write: a reservation without an etcd lease, else on the one grant for all tries."""
-        others = tuple(
-            lease for lease in state.listing.leases.values() if not same_node(lease.attrs, self._ours)
-        )
+        others = other_nodes(state.listing, self._ours, decision)
         if isinstance(decision, TakeOver):
             old = decision.lease
             wanted = old._replace(attrs=self._offer(old, others))

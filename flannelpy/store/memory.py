@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
-from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate, same_node
+from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
 from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
 from flannelpy.store import Head, Offer, Running
 from flannelpy.store.decision import (
@@ -22,6 +22,7 @@ from flannelpy.store.decision import (
     TakeOver,
     decide,
     lacks_most,
+    other_nodes,
     overlap,
     own_leases,
     stale_leases,
@@ -231,7 +232,7 @@ class MemoryStore:
                 break
             if isinstance(decision, Create):
                 refused.append((decision.subnet, decision.subnet6))
-        for lease in stale_leases(config, listing, ours):
+        for lease in stale_leases(config, listing, ours, own):
             self.data.delete(lease.key)
         if not self._watching:
             self._handed = self.data.listing()
@@ -241,7 +242,7 @@ class MemoryStore:
         self, decision: TakeOver | Create, listing: Listing, ours: LeaseAttrs, offer: Offer
     ) -> Lease | None:
         """The record as written; None if the comparison failed."""
-        others = tuple(lease for lease in listing.leases.values() if not same_node(lease.attrs, ours))
+        others = other_nodes(listing, ours, decision)
         if isinstance(decision, TakeOver):
             old = decision.lease
             grant = self.data.grant() if old.etcd_lease_id else 0
@@ -277,14 +278,15 @@ class MemoryStore:
         try:
             while True:
                 watcher.clear()
+                await self._travel()
                 now, head = self.data.head, self.head
                 new_history = head is not None and now.contradicts(head)
                 if not self.connected or (listed and now == head):
                     await watcher.wait()
                 elif not listed or head is None or new_history or head.revision < self.data.compacted:
-                    if not new_history and lacks_most(self._keys, listing or self._list()):
-                        listing = None  # a second look
                     listing = listing or self._list()
+                    if not new_history and lacks_most(self._keys, listing):
+                        listing = self._list()  # a second look
                     self.head = now._replace(revision=listing.revision)
                     self._keys = {*listing.leases, *listing.unreadable}
                     listed = True
@@ -298,6 +300,9 @@ class MemoryStore:
                     yield update
         finally:
             self.data.forget(watcher)
+
+    async def _travel(self) -> None:
+        """The way of the news to this node: what is read after it is delivered at once."""
 
     def _list(self) -> Listing:
         """All records, as this node is shown them."""

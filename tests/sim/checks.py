@@ -90,7 +90,7 @@ def problems(
     wanted = State(_own_items(me, own, shape))
     for peer, lease in leases.items():
         if peer is not me:
-            wanted.add(_peer_items(me, peer, lease, shape))
+            wanted.add(peer_items(me, peer, lease, shape))
     for item in wanted.items():
         found = state.table(item).get(item.key)
         if found != item:
@@ -147,10 +147,13 @@ def _own_items(me: Member, own: Lease, shape: Shape) -> Iterator[Item]:
         yield DeviceAddress(device, host(subnet.address))
 
 
-def _peer_items(me: Member, peer: Member, lease: Lease, shape: Shape) -> Iterator[Item]:
-    """Where the peer really is now, under the MAC that it told."""
+def peer_items(
+    me: Member, peer: Member, lease: Lease, shape: Shape, *, as_told: bool = False
+) -> Iterator[Item]:
+    """Where the peer really is now, or is by its lease, under the MAC that it told."""
     for bits, subnet in _by_family(lease, shape):
-        metric, there = default_metric(subnet), peer.address(bits)
+        told = lease.attrs.public_ip if bits == 32 else lease.attrs.public_ipv6
+        metric, there = default_metric(subnet), told if as_told and told else peer.address(bits)
         near = me.segment == peer.segment
         if near and (shape.direct or shape.backend == "host-gw"):
             yield Route(subnet, "eth0", there, metric=metric)

@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from flannelpy.model.address import parse_prefix
@@ -21,13 +21,22 @@ _RESYNC_SECONDS = 75.0
 """What was lost without a word is found by the next full comparison, at most this much later."""
 
 
+Kind = Callable[[Member], Awaitable[None]]
+
+
 class Faults:
     """Strikes one at a time, chosen by the world's random numbers."""
 
     def __init__(self, world: "World") -> None:
         self._world = world
         self._random = world.random
-        every = [
+        every = self.kinds()
+        self._kinds = [kind for kind, _weight in every]
+        self._weights = [weight for _kind, weight in every]
+
+    def kinds(self) -> list[tuple[Kind, int]]:
+        """What may happen to a node, and how often compared with the others."""
+        return [
             (self._damage, 30),
             (self._deafen, 8),
             (self._refuse, 8),
@@ -45,8 +54,6 @@ class Faults:
             (self._resize, 2),
             (self._rejoin_elsewhere, 2),
         ]
-        self._kinds = [kind for kind, _weight in every]
-        self._weights = [weight for _kind, weight in every]
 
     async def strike(self) -> None:
         """Let something happen to some node."""
@@ -170,9 +177,7 @@ class Faults:
 
         def connect(connected: bool) -> None:
             for one in members:
-                one.connected = connected
-                if one.store is not None:
-                    one.store.connect(connected=connected)
+                one.connect(connected=connected)
 
         def end() -> None:
             if random.random() < 0.5:
@@ -257,13 +262,21 @@ class Faults:
         """A machine is installed anew: nothing is left of its kernel's state, and it has lost subnet.env."""
         await member.kill()
         self._world.note(f"FAULT {member} is installed anew")
-        for name in _OURS:
-            link = member.kernel.state.links.get(name)
-            if link is not None:
-                member.kernel.others_remove(link)
-        member.env = ""
+        wipe(member)
         member.start()
         self._world.fault_until(0.0)
+
+
+def wipe(member: Member) -> None:
+    """As after a boot: the kernel has nothing of ours, and /run is empty."""
+    for name in _OURS:
+        link = member.kernel.state.links.get(name)
+        if link is not None:
+            member.kernel.others_remove(link)
+    for route in list(member.kernel.state.routes.values()):
+        if _is_ours(route):
+            member.kernel.others_remove(route)
+    member.env = ""
 
 
 def _is_ours(item: Item) -> bool:

@@ -8,21 +8,25 @@ from random import Random
 from typing import Protocol
 
 from flannelpy.backend import load
+from flannelpy.daemon import _learn_network
 from flannelpy.errors import KernelError, StoreError, UplinkError
 from flannelpy.health import Health
 from flannelpy.kernel.fake import FakeKernel
 from flannelpy.model.address import Address, Prefix, parse_prefix
 from flannelpy.model.config import NetworkConfig
+from flannelpy.model.config_change import compare
 from flannelpy.model.identity import Identity
 from flannelpy.model.kernel import State
-from flannelpy.model.lease import Lease, LeaseUpdate
+from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate, Snapshot
 from flannelpy.model.plan import Op
 from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import Wishes
 from flannelpy.model.uplink import Interface, InterfaceAddress, Wish
 from flannelpy.node import Node, Parts
+from flannelpy.notify import Notify
 from flannelpy.state_file import Memory, Origin
 from flannelpy.store import Offer, Running
+from flannelpy.store.etcd_codec import Listing
 from flannelpy.store.memory import MemoryData, MemoryStore
 from flannelpy.subnet_env import variables
 
@@ -37,9 +41,6 @@ class Died(BaseException):
 class Cluster(Protocol):
     """What a member needs of the world."""
 
-    config: NetworkConfig
-    config_text: str
-
     @property
     def data(self) -> MemoryData: ...
 
@@ -50,6 +51,7 @@ class Cluster(Protocol):
     def fault_until(self, seconds: float, *, robbed: "Member | None" = None) -> None: ...
     def violation(self, text: str) -> None: ...
     def holds(self, member: "Member", own: Lease) -> bool: ...
+    def env_written(self, member: "Member") -> None: ...
     def stepped(self, member: "Member", op: Op) -> None: ...
 
 
@@ -63,6 +65,18 @@ class SimStore(MemoryStore):
         """How likely a request, and then its answer, is lost."""
         self.alive = True
         self.die_after_write = False
+        self.flawed = False
+        """The next listing lacks most of the records."""
+        self.spoke = False
+        """Whether it has told this process anything."""
+        self.listed = False
+        """Whether a Snapshot has reached this process."""
+        self.remembered: set[str] = set()
+        """Keys of the records in the memory that it began with."""
+        self.seen: dict[str, list[LeaseAttrs]] = {}
+        """What it was told since, by key."""
+        self.began = 0
+        """At which revision it met the present history."""
 
     async def _trip(self) -> None:
         random = self.member.world.random
@@ -72,8 +86,22 @@ class SimStore(MemoryStore):
         if random.random() < self.flaky:
             raise StoreError("lost on the way", transient=True)
 
+    async def _travel(self) -> None:
+        await asyncio.sleep(self.member.world.random.uniform(0.001, 0.05))
+        if not self.alive:
+            raise Died
+
+    def _list(self) -> Listing:
+        listing = super()._list()
+        if self.flawed:
+            self.flawed = False
+            few = dict(list(listing.leases.items())[: len(listing.leases) // 3])
+            listing = listing._replace(leases=few)
+        return listing
+
     async def _answer(self, own: Lease) -> None:
         world = self.member.world
+        self.spoke = True
         if not world.holds(self.member, own):
             world.violation(f"{self.member} was told that it owns {own.key}, the store says otherwise")
         if self.die_after_write:
@@ -87,9 +115,15 @@ class SimStore(MemoryStore):
     async def acquire(
         self, config: NetworkConfig, offer: Offer, previous: Previous, running: Running | None = None
     ) -> Lease:
+        seen = self.head
         await self._trip()
+        if running is not None and seen is not None and self.data.head.contradicts(seen):
+            raise StoreError("the store's history is another one than when this was asked", transient=True)
         own = await super().acquire(config, offer, previous, running)
-        self.member.world.taken[self.member] = asyncio.get_running_loop().time() + 0.1
+        if running is None:
+            self.member.world.taken.pop(self.member, None)  # a start does not count
+        else:
+            self.member.world.taken[self.member] = asyncio.get_running_loop().time() + 0.1
         await self._answer(own)
         return own
 
@@ -103,9 +137,13 @@ class SimStore(MemoryStore):
     async def watch(self) -> AsyncGenerator[LeaseUpdate, None]:
         async with aclosing(super().watch()) as updates:
             async for update in updates:
-                await asyncio.sleep(self.member.world.random.uniform(0.001, 0.05))
-                if not self.alive:
-                    raise Died
+                self.spoke = True
+                self.listed = self.listed or isinstance(update, Snapshot)
+                if isinstance(update, Snapshot) and update.new_history:
+                    self.began = update.revision
+                told = update.leases if isinstance(update, Snapshot) else update.put
+                for lease in told:
+                    self.seen.setdefault(lease.key, []).append(lease.attrs)
                 yield update
 
 
@@ -116,6 +154,10 @@ class Member:
         self.world = world
         self.number = number
         self.segment = segment
+        self.machine = str(self)
+        """Its machine id and its name; a clone has the original's."""
+        self.booted = number
+        """When, in some unit."""
         self.kernel = FakeKernel()
         self.kernel.nexthops = world.random.random() < 0.8
         self.kernel.latency = lambda: world.random.uniform(0.0, 0.05)
@@ -134,6 +176,15 @@ class Member:
         self.steps_to_live = 0
         """0 = the process does not die by itself."""
         self.connected = True
+        self.died = 0.0
+        """When its process ended last."""
+        self.heals = 0
+        """How often it was connected to the store again."""
+        self.clock_changes = 0
+        self.clock_error = 0.0
+        """Seconds that its wall clock is ahead."""
+        self.config: NetworkConfig | None = None
+        """Which it runs."""
 
     def __str__(self) -> str:
         return f"node{self.number}"
@@ -157,6 +208,7 @@ class Member:
             await asyncio.gather(task, return_exceptions=True)
 
     def _dead(self) -> None:
+        self.died = asyncio.get_running_loop().time()
         if self.store is not None:
             self.store.alive = False
 
@@ -165,7 +217,7 @@ class Member:
         current.set(str(self))
         while True:
             try:
-                await Node(self._parts()).live()
+                await Node(await self._parts()).live()
             except (Exception, Died, BaseExceptionGroup) as error:  # noqa: BLE001
                 reasons = list(_leaves(error))
                 self._dead()
@@ -180,27 +232,42 @@ class Member:
             await asyncio.sleep(self.world.random.uniform(0.1, 2.0))
             self.world.fault_until(0.0)
 
-    def _parts(self) -> Parts:
+    async def _parts(self) -> Parts:
         world = self.world
-        self.store = SimStore(self)
-        self.store.connect(connected=self.connected)
+        store = self.store = SimStore(self)
+        store.connect(connected=self.connected)
         self.health = Health()
+        self.config = None
         self.starts += 1
+        memory = self.memory
+        learned = await _learn_network(store, Notify({}), memory, self.wall_clock())
+        silent = learned is None
+        if learned is None:
+            assert memory is not None
+            learned = memory.config_text, memory.config, load(memory.config)
+        config_text, config, backend = learned
+        if memory is not None and compare(memory.config, config).pending:
+            memory = None
+        if memory is not None:
+            store.began = memory.began
+            held = (one.lease for one in memory.held)
+            store.remembered.update(lease.key for lease in (*memory.peers, *held))
+        self.config = config
         return Parts(
-            store=self.store,
+            store=store,
             host=self.kernel,
-            config=world.config,
-            config_text=world.config_text,
-            backend=load(world.config),
+            config=config,
+            config_text=config_text,
+            backend=backend,
             wish=Wish(),
-            host_id=str(self),
+            host_id=self.machine,
             store_hosts=(),
             previous=_previous(self.env),
             margin_minutes=60,
-            us=Identity(str(self), "boot", f"process {self.starts}", self.number, self.starts),
+            us=Identity(self.machine, "boot", f"{self}, process {self.starts}", self.booted, self.starts),
             origin=Origin("/network", ("memory",)),
-            memory=self.memory,
-            store_is_silent=False,
+            memory=memory,
+            store_is_silent=silent,
             save=self._remember,
             write_subnet_env=self._write_env,
             firewall=None,
@@ -211,8 +278,18 @@ class Member:
             on_ready=lambda text: world.note(f"{self} ready: {text}"),
             health=self.health,
             random=Random(world.random.random()),
-            wall_clock=asyncio.get_running_loop().time,
+            wall_clock=self.wall_clock,
         )
+
+    def wall_clock(self) -> float:
+        return asyncio.get_running_loop().time() + self.clock_error
+
+    def connect(self, *, connected: bool) -> None:
+        """Cut it off from the store, or heal it."""
+        self.heals += connected and not self.connected
+        self.connected = connected
+        if self.store is not None:
+            self.store.connect(connected=connected)
 
     def _remember(self, memory: Memory) -> None:
         self._still_alive()
@@ -221,6 +298,7 @@ class Member:
     def _write_env(self, text: str) -> None:
         self._still_alive()
         self.env = text
+        self.world.env_written(self)
         self.world.note(f"{self} env {' '.join(text.split())}")
 
     def _still_alive(self) -> None:

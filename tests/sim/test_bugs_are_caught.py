@@ -11,7 +11,7 @@ from flannelpy.model.peers import Change, Peers
 from flannelpy.model.plan import Op, Put, plan, plan_part
 from tests.sim.world import simulate
 
-_ENOUGH = 40
+_ENOUGH = 400
 """Seeds within which each must show."""
 
 
