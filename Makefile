@@ -1,7 +1,7 @@
 # `make help` lists what there is. Every target that needs an installation makes it first.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak bench lint format lock clean
+.PHONY: help install demo test test-system soak bench lint format lock clean
 
 # A non-login shell of root may lack the folders where ip, etcd and sysctl live.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -18,7 +18,7 @@ PYTHON ?= python3
 SCRIPTS := scripts/*.sh .ci/run
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "make demo NODES=5        another number of nodes (2 to 20)"
 	@echo "make demo BACKEND=udp    another way to carry packets (vxlan, host-gw, udp)"
@@ -34,6 +34,11 @@ demo: install ## nodes in network namespaces here, pods that ping across (root)
 test: install ## linters, types and every test (root for those in network namespaces)
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest $(PYTEST_FLAGS)
+
+test-system: install ## two Debian machines with systemd and Docker, as containers and emulated (root; 10 minutes)
+	@for program in mmdebstrap systemd-nspawn qemu-system-x86_64 mkfs.ext4; do command -v $$program >/dev/null || \
+	    echo "no $$program here, what needs it is skipped: apt-get install mmdebstrap systemd-container qemu-system-x86 e2fsprogs"; done
+	$(BIN)/pytest -m 'system or not system' -s -rs tests/system $(PYTEST_FLAGS)
 
 soak: install ## thousands of leases that come and go for minutes: does anything grow? (root)
 	$(BIN)/pytest -m soak -s tests/soak $(PYTEST_FLAGS)

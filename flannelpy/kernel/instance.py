@@ -7,6 +7,7 @@ just as the devices do. A lock file would not tell two namespaces of one host ap
 import contextlib
 import hashlib
 import os
+import pwd
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from flannelpy.subnet_env import read as read_subnet_env
 _PROC = Path("/proc")
 _DEFAULT_PREFIX = "/coreos.com/network"
 _ATTEMPTS = 8
+_SERVICE_USER = "flannelpy"
+"""Whom deploy/systemd/flannelpy.service runs the daemon as: root must see its lock too."""
 _DEFAULT_SUBNET_FILE = "/run/flannel/subnet.env"
 
 
@@ -40,7 +43,7 @@ def lock(what: str) -> socket.socket:
         except OSError:
             holder.close()
             pid, user = _holder(name)
-            if user in (0, os.geteuid(), None):
+            if user in (0, os.geteuid(), None) or _name(user) == _SERVICE_USER:
                 raise ConflictError(
                     f"another flannelpy{f' (process {pid})' if pid else ''} serves {what} in this network"
                     " namespace already: stop it first"
@@ -60,6 +63,13 @@ def _holder(name: str) -> tuple[int | None, int | None]:
         pid, user, _group = struct.unpack("=iII", credentials)
         return pid, user
     return None, None
+
+
+def _name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return ""
 
 
 class _Flannel(NamedTuple):
