@@ -170,12 +170,13 @@ class Knowledge:
         except (ConfigError, LookupError) as error:
             self._say_pending(f"the network config at {place} is not usable: {error}")
             return
-        live, pending = compare(self._config, new)
+        live, harmless, pending = compare(self._config, new)
+        other = f"the network config at {place} is another one"
         if pending:
-            self._say_pending(f"the network config at {place} is another one: {'; '.join((*pending, *live))}")
+            self._say_pending(f"{other}: {'; '.join((*pending, *harmless, *live))}")
             return
         self._config, self._config_text = with_live_part(self._config, new), text
-        self._say_pending(None)
+        self._say_pending(f"{other}: {'; '.join(harmless)}" if harmless else None)
         if live:
             log.warning("the network config changed: %s; applied", "; ".join(live))
             self._applied(self._config)

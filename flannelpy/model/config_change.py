@@ -23,8 +23,10 @@ KEYS = {
     "backend": "Backend",
 }
 """Field of NetworkConfig -> the key that a user reads and writes."""
-LIVE = frozenset(("enable_nftables", "subnet_min", "subnet_max", "subnet6_min", "subnet6_max"))
-"""Which of them disturb no packet: where new subnets are chosen from, and how rules are written."""
+LIVE = frozenset(("subnet_min", "subnet_max", "subnet6_min", "subnet6_max"))
+"""Which of them apply at once: where new subnets are chosen from."""
+_HARMLESS = frozenset(("enable_nftables",))
+"""Which wait for a restart, and describe the same network all the same."""
 
 
 class ConfigChange(NamedTuple):
@@ -32,6 +34,8 @@ class ConfigChange(NamedTuple):
 
     live: tuple[str, ...]
     """What a running daemon takes over."""
+    harmless: tuple[str, ...]
+    """What waits for its restart, and disturbs nothing then."""
     pending: tuple[str, ...]
     """What waits for its restart, and disturbs traffic then."""
 
@@ -39,13 +43,15 @@ class ConfigChange(NamedTuple):
 def compare(running: NetworkConfig, new: NetworkConfig) -> ConfigChange:
     """What has changed. With nothing pending the two describe the same network."""
     live: list[str] = []
+    harmless: list[str] = []
     pending: list[str] = []
     for field, key in KEYS.items():
         before, after = getattr(running, field), getattr(new, field)
         if before == after or (field == "backend" and running.backend_type != new.backend_type):
             continue
-        (live if field in LIVE else pending).append(f"{key} from {_shown(before)} to {_shown(after)}")
-    return ConfigChange(tuple(live), tuple(pending))
+        kind = live if field in LIVE else harmless if field in _HARMLESS else pending
+        kind.append(f"{key} from {_shown(before)} to {_shown(after)}")
+    return ConfigChange(tuple(live), tuple(harmless), tuple(pending))
 
 
 def with_live_part(running: NetworkConfig, new: NetworkConfig) -> NetworkConfig:
