@@ -430,7 +430,7 @@ def test_idle_among_20000_foreign_rules(make_lab: Callable[..., Lab], mode: str)
     damage = "nft delete table ip flannel-ipv4" if mode == "nftables" else f"{kind} -t nat -F"
     run(*damage.split(), netns=node.netns)
     began = time.monotonic()
-    wait_until(lambda: b"repaired in" in daemon.log.read_bytes()[before:], "the repair", 5)
+    wait_until(lambda: b"repaired in" in daemon.log.read_bytes()[before:], "the repair", 15)
     seen = (time.monotonic() - began) * 1000
     wait_until(lambda: listing(node, mode) == whole, "rules as before")
     if os.environ.get("FLANNELPY_TABLE"):
