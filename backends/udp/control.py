@@ -33,6 +33,8 @@ class Control:
 
     def __init__(self, listener: socket.socket) -> None:
         listener.setblocking(False)
+        self._owners = {0, os.geteuid()}
+        """Who may give orders: root, and who started us; `drop_privileges` comes later."""
         self._listener = listener
         self._connections: dict[int, socket.socket] = {}
         self._table = Table()
@@ -89,7 +91,7 @@ class Control:
         _pid, user, _group = _CREDENTIALS.unpack(
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         )
-        if user != 0 or len(self._connections) >= _CONNECTIONS:
+        if user not in self._owners or len(self._connections) >= _CONNECTIONS:
             connection.close()  # an abstract socket has no file mode that would keep others out
             return
         connection.setblocking(False)
