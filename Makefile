@@ -36,8 +36,7 @@ test: install ## linters, types and every test (root for those in network namesp
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
 test-system: install ## two Debian machines with systemd and Docker, as containers and emulated (root; 10 minutes)
-	@for program in mmdebstrap systemd-nspawn qemu-system-x86_64 mkfs.ext4; do command -v $$program >/dev/null || \
-	    echo "no $$program here, what needs it is skipped: apt-get install mmdebstrap systemd-container qemu-system-x86 e2fsprogs"; done
+	@MACHINES=1 scripts/install.sh || echo 'something is not to be had (see above): what needs it is skipped'
 	$(BIN)/pytest -m 'system or not system' -s -rs tests/system $(PYTEST_FLAGS)
 
 soak: install ## thousands of leases that come and go for minutes: does anything grow? (root)

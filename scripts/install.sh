@@ -2,6 +2,7 @@
 # Makes this clone ready to use: Debian's programs that are missing, and a virtual environment from the lock.
 #
 #   scripts/install.sh               what `make install` runs; a second run has nothing to do and says so
+#   MACHINES=1 scripts/install.sh    with what makes and boots the hosts of `make test-system`
 #   PYTHON=python3.12 make install   with another interpreter (3.11 or newer)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,6 +31,11 @@ ping iputils-ping
 sysctl procps
 systemd-analyze systemd
 LIST
+    if [ -n "${MACHINES:-}" ]; then
+        command -v mmdebstrap >/dev/null || printf 'mmdebstrap\n'
+        command -v systemd-nspawn >/dev/null || printf 'systemd-container\n'
+        command -v qemu-system-x86_64 >/dev/null || printf 'qemu-system-x86\n'
+    fi
     if [ "$python" = python3 ]; then
         command -v python3 >/dev/null || printf 'python3\n'
         python3 -c 'import ensurepip, venv' 2>/dev/null || printf 'python3-venv\n'
