@@ -221,4 +221,6 @@ async def _connect(channel: grpc.aio.Channel) -> str | None:
         except CallError as error:
             if error.code is grpc.StatusCode.UNAVAILABLE:
                 return error.details
+        # Any other outcome says nothing about the connection, and comes at once: do not ask again and again.
+        await channel.wait_for_state_change(state)
     return None
