@@ -12,6 +12,8 @@ BACKEND ?= vxlan
 HOLD ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+# Most tests wait for a daemon or for etcd: more of them at a time than there are processors.
+WORKERS ?= 4
 BENCH_FLAGS ?= --leases 0,1000 --rounds 3
 FLANNELD ?=
 PYTHON ?= python3
@@ -33,7 +35,7 @@ demo: install ## nodes in network namespaces here, pods that ping across (root)
 
 test: install ## linters, types and every test (root for those in network namespaces)
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadgroup $(PYTEST_FLAGS)
 
 test-system: install ## two Debian machines with systemd and Docker, as containers and emulated (root; 10 minutes)
 	@MACHINES=1 scripts/install.sh || echo 'something is not to be had (see above): what needs it is skipped'

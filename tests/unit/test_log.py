@@ -31,6 +31,8 @@ def start(*argv: str) -> io.StringIO:
     settings = parse(argv, {})
     assert isinstance(settings, Settings)
     stream = io.StringIO()
+    # Else pytest keeps what is logged for its report, and a worker cannot send half a surrogate pair.
+    logging.getLogger().handlers.clear()
     log.setup(settings, {}, stream)
     return stream
 
