@@ -157,14 +157,17 @@ class VxlanBackend:
         return mtu
 
     def _vxlan(self, half: _Half, facts: Facts) -> Vxlan:
-        """What the device is made with; what an existing device may have otherwise is taken as it is."""
+        """What the device is made with; what an existing one of our VNI may have otherwise is taken as it is.
+
+        From one of another VNI, which is made anew, nothing is taken: it was never ours.
+        """
         options = self._options
         uplink = facts.uplink
         local = uplink.address if half.width == 4 else uplink.address6
         public_ip = uplink.public_ip if half.width == 4 else uplink.public_ipv6
         wanted = Vxlan(options.vni, uplink.name, local, options.port, options.learning, options.gbp)
         found = facts.links[half.device].vxlan if half.device in facts.links else None
-        if found is None:
+        if found is None or found.vni != options.vni:
             return wanted
         if options.port == 0:  # the kernel's default, which a module parameter may have changed
             wanted = wanted._replace(port=found.port)

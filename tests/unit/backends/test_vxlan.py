@@ -156,6 +156,13 @@ def test_an_existing_device_that_differs_is_not(wrong: dict[str, Any]) -> None:
     assert own_state(backend(), found).links["flannel.1"].mac == found.mac
 
 
+def test_nothing_is_taken_from_a_device_of_another_vni() -> None:
+    """It has our name, but somebody else made it: its port is none that peers send to."""
+    stranger = device(vni=77, port=4789, uplink=None)
+    wanted = Vxlan(1, "eth0", parse_v4("192.0.2.1"), 0)
+    assert own_state(backend(), stranger).links["flannel.1"].vxlan == wanted
+
+
 def test_a_dual_stack_peer() -> None:
     peer = lease(subnet6="fd00:5:0:2::/64", mac6="02:00:00:00:06:02")
     items, reason = backend().peer(peer, facts())
