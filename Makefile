@@ -35,7 +35,7 @@ demo: install ## nodes in network namespaces here, pods that ping across (root)
 
 test: install ## linters, types and every test (root for those in network namespaces)
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadgroup $(PYTEST_FLAGS)
+	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadscope $(PYTEST_FLAGS)
 
 test-system: install ## two Debian machines with systemd and Docker, as containers and emulated (root; 10 minutes)
 	@MACHINES=1 scripts/install.sh || echo 'something is not to be had (see above): what needs it is skipped'

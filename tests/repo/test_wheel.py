@@ -14,8 +14,6 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-pytestmark = pytest.mark.xdist_group("wheel")  # it is built once
-
 SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "flannelpy", "backends")
 
 

@@ -21,12 +21,7 @@ from tests.etcd.outages.run import Outcome, Run, new_lab
 from tests.etcd.outages.witness import Flow, Routes
 from tests.netns.nodes import peer
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.etcd,
-    pytest.mark.timeout(300),
-    pytest.mark.xdist_group("outages"),  # all share one course through the faults
-]
+pytestmark = [pytest.mark.root, pytest.mark.etcd, pytest.mark.timeout(300)]
 
 CPU_LIMIT = 5.0
 """Percent of a processor."""
