@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import AsyncGenerator
 
-from flannelpy.kernel import codec, nft_codec
+from flannelpy.kernel import codec, nft_codec, peer_filter
 from flannelpy.kernel.netlink import enlarge_receive_buffer
 from flannelpy.kernel.nfnetlink import NETLINK_NETFILTER
 
@@ -33,6 +33,9 @@ _NAMES = (
     ),
 )
 """In each message that may matter; a chain such as KUBE-FORWARD does not."""
+
+_PEER_FILTER = nft_codec.text_attr(nft_codec.CHAIN_TABLE, peer_filter.TABLE)
+"""In the peer filter's messages: that table is another one's to keep, and has a hook, too."""
 
 _OBJECT = {0: "table", 3: "chain", 6: "rule", 9: "set", 12: "set element"}
 
@@ -99,10 +102,14 @@ class NftMonitor:
                     _generation, pid, name = nft_codec.read_generation(body)
                     cause = f"{self._seen} by {name or 'somebody'}{f' (process {pid})' if pid else ''}"
                 self._seen = ""
-            elif port != self._port and not self._seen and any(name in body for name in _NAMES):
+            elif port != self._port and not self._seen and _concerns_us(body):
                 self._seen = _words(kind, body)
             offset += (length + 3) & ~3
         return cause
+
+
+def _concerns_us(body: bytes) -> bool:
+    return _PEER_FILTER not in body and any(name in body for name in _NAMES)
 
 
 def _words(kind: int, body: bytes) -> str:

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from flannelpy.kernel import codec, nft_codec, nftables
+from flannelpy.kernel import codec, nft_codec, nftables, peer_filter
 from flannelpy.kernel.iptables import read_version
-from flannelpy.kernel.nft_codec import DROP, IPV4, FoundChain, FoundRule
+from flannelpy.kernel.nft_codec import DROP, INET, IPV4, Chain, FoundChain, FoundRule
 from flannelpy.kernel.nft_monitor import NftMonitor
 from flannelpy.kernel.nftables import Observed, plan
 from flannelpy.model.traffic import FamilyRules, RuleSet, Wishes, rules
@@ -139,6 +139,14 @@ def test_other_chains_are_no_news(monitor: NftMonitor, chain: str) -> None:
 def test_our_own_changes_are_no_news(monitor: NftMonitor) -> None:
     assert monitor.take(datagram(removal("FLANNEL-FWD"), END, port=1234)) == ""
     assert monitor.take(os.urandom(200) + b"FLANNEL-") == ""
+
+
+def test_the_peer_filter_is_no_cause_for_a_look_at_the_rules(monitor: NftMonitor) -> None:
+    """It has a socket of its own, and the log named us as those who had damaged the rules."""
+    words = "chain inet filter input was changed by nft (process 99)"
+    for table, cause in ((peer_filter.TABLE, ""), ("filter", words)):
+        made = nft_codec.chain_put(INET, table, Chain("input", "filter", 1, -150), "")
+        assert monitor.take(datagram((nft_codec.NEWCHAIN, made.body), END)) == cause
 
 
 @pytest.mark.parametrize(
