@@ -9,6 +9,7 @@ WIDTH = 92
 
 COMMANDS = {
     "cleanup": "remove from this host what the daemon made (shows it first)",
+    "cni": "put the CNI plugin for pods onto this host, or take it away: install, remove",
     "config": "the network config in etcd: get, set, validate, explain",
     "demo": "try an overlay on this machine: nodes in network namespaces that ping each other",
     "docker-opts": "turn subnet.env into options for dockerd (flannel's mk-docker-opts.sh)",
