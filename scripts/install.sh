@@ -22,6 +22,7 @@ missing_packages() {
     while read -r program package; do
         command -v "$program" >/dev/null || printf '%s\n' "$package"
     done <<'LIST'
+/usr/lib/cni/bridge containernetworking-plugins
 etcd etcd-server
 etcdctl etcd-client
 ip iproute2

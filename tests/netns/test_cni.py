@@ -1,0 +1,180 @@
+"""Pods made by the CNI plugin alone, with real bridge and host-local, on nodes that run real daemons."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flannelpy.cli.lab import Lab, Node
+from flannelpy.cli.processes import inside, stop, wait_ready, wait_until
+from tests.netns.nodes import V4, V6
+from tests.unit.cni.calls import Answer, Host
+
+PLUGINS = os.environ.get("CNI_PLUGINS", "/usr/lib/cni")
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.etcd,
+    pytest.mark.skipif(
+        not Path(PLUGINS, "bridge").exists(),
+        reason="needs bridge: apt-get install containernetworking-plugins",
+    ),
+]
+
+
+class Kubelet:
+    """What makes the pods of a node: it knows nothing but how to call the plugin."""
+
+    def __init__(self, lab: Lab, node: Node) -> None:
+        self.lab = lab
+        self.node = node
+        folder = node.folder / "cni"
+        folder.mkdir()
+        self.host = Host(folder, netns=node.netns, path=PLUGINS)
+        self.host.conf |= {
+            "subnetFile": str(node.subnet_file),
+            "delegate": {"hairpinMode": True, "isDefaultGateway": True},
+            "ipam": {"dataDir": str(folder / "ipam")},
+        }
+
+    def call(self, command: str, netns: str, **conf: Any) -> Answer:
+        variables = {"CNI_CONTAINERID": netns, "CNI_NETNS": f"/run/netns/{netns}", "CNI_IFNAME": "eth0"}
+        return self.host.call(command, variables=variables, conf={**self.host.conf, **conf})
+
+    def add(self, name: str) -> tuple[str, list[str]]:
+        """A new pod -> its namespace and its addresses."""
+        netns = self.lab._add_namespace(f"{self.node.name}-{name}")
+        answer = self.call("ADD", netns)
+        assert answer.code == 0, answer
+        return netns, [ip["address"].partition("/")[0] for ip in answer.json["ips"]]
+
+
+def kubelets(lab: Lab, config: dict[str, Any], nodes: int = 3) -> list[Kubelet]:
+    lab.put_config(config)
+    for _number in range(nodes):
+        lab.add_node()
+    wait_ready([lab.start_daemon(node) for node in lab.nodes])
+    return [Kubelet(lab, node) for node in lab.nodes]
+
+
+def assert_all_reach_all(lab: Lab, pods: Sequence[tuple[str, list[str]]]) -> None:
+    for netns, _ in pods:
+        for other, addresses in pods:
+            if other != netns:
+                for address in addresses:
+                    wait_until(
+                        lambda n=netns, a=address: lab.ping(n, a, size=1300, count=1).received,  # type: ignore[misc]
+                        f"{netns} to reach {address}",
+                    )
+
+
+PACKETS = 3000
+
+
+def flow(source: str, target: str, log: Path) -> "subprocess.Popen[bytes]":
+    """1,000 packets a second; when it ends, the count stands in the log."""
+    ping = ("ping", "-n", "-q", "-i", "0.001", "-c", str(PACKETS), "-s", "1200", target)
+    command = inside(source, "env", "LC_ALL=C", *ping)
+    with log.open("wb") as output:
+        return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdout=output, stderr=output)
+
+
+@pytest.mark.parametrize("backend", ["vxlan", "host-gw", "udp"])
+def test_pods_of_all_nodes_reach_each_other_and_daemons_may_be_restarted(lab: Lab, backend: str) -> None:
+    """Two pods on each of three nodes; then every daemon is restarted, one by one, while packets flow."""
+    made = kubelets(lab, {**V4, "Backend": {"Type": backend}})
+    pods = [one.add(f"pod{number}") for one in made for number in (1, 2)]
+    assert len({address for _, addresses in pods for address in addresses}) == 6
+    assert_all_reach_all(lab, pods)
+
+    log = lab.folder / "flow"
+    packets = flow(pods[0][0], pods[-1][1][0], log)
+    restarts = 0
+    while packets.poll() is None:
+        node = lab.nodes[restarts % 3]
+        assert node.daemon is not None
+        stop([node.daemon])
+        wait_ready([lab.start_daemon(node)])
+        restarts += 1
+    assert restarts >= 3
+    assert f"{PACKETS} packets transmitted, {PACKETS} received, 0% packet loss" in log.read_text()
+
+    late = made[0].add("late")
+    assert_all_reach_all(lab, [late, pods[-1]])
+    for one in made:
+        for netns in (netns for netns, _ in pods if netns.startswith(one.node.netns)):
+            assert one.call("DEL", netns).code == 0
+            assert one.call("DEL", netns).code == 0
+        left = {late[0], f"{late[0]}@eth0"} if one is made[0] else set()
+        assert {path.name for path in one.host.state.iterdir()} == left
+
+
+def test_dual_stack(make_lab: Any) -> None:
+    lab = make_lab(ipv6=True)
+    lab.start_etcd()
+    made = kubelets(lab, {**V4, **V6}, nodes=2)
+    pods = [one.add("pod") for one in made]
+    assert all(len(addresses) == 2 for _, addresses in pods)
+    assert_all_reach_all(lab, pods)
+
+
+def test_a_node_without_its_daemon_keeps_deleting(lab: Lab) -> None:
+    """Before there is a daemon, the reason is told; after it, pods can be deleted and addresses come back."""
+    lab.put_config(V4)
+    node = lab.add_node()
+    one = Kubelet(lab, node)
+    netns = lab._add_namespace("early")
+    answer = one.call("ADD", netns)
+    assert (answer.code, answer.json["code"]) == (1, 11)
+    assert "no flannelpy daemon answers on this node" in answer.json["msg"]
+    wait_ready([lab.start_daemon(node)])
+    assert one.call("ADD", netns).code == 0
+    assert node.daemon is not None
+    stop([node.daemon])
+    node.subnet_file.unlink()
+    assert one.call("DEL", netns).code == 0
+    leased = Path(one.host.conf["ipam"]["dataDir"], "cbr0")
+    assert [path.name for path in leased.iterdir() if path.name[0].isdigit()] == []
+
+
+def test_fifty_pods_at_once(lab: Lab) -> None:
+    made, other = kubelets(lab, V4, nodes=2)
+    with ThreadPoolExecutor(50) as pool:
+        pods = list(pool.map(made.add, [f"pod{number}" for number in range(50)]))
+    addresses = {address for _, (address,) in pods}
+    assert len(addresses) == 50
+    far = other.add("pod")
+    assert_all_reach_all(lab, [far, pods[0]])
+    assert lab.ping(pods[49][0], far[1][0], count=1).received == 1
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda pod: made.call("DEL", pod[0]), pods))
+    assert {answer.code for answer in answers} == {0}
+    assert list(made.host.state.iterdir()) == []
+
+
+def test_check_sees_what_is_broken(lab: Lab) -> None:
+    (made,) = kubelets(lab, V4, nodes=1)
+    netns = lab._add_namespace("pod")
+    added = made.call("ADD", netns).json
+    # The bridge of Debian 12 does not find a route without a gateway again: the kernel filled that in.
+    added["routes"] = [route for route in added["routes"] if "gw" in route]
+    assert made.call("CHECK", netns, prevResult=added).code == 0
+    lab.ip(netns, "link set eth0 down")
+    lab.ip(netns, "address flush dev eth0")
+    assert made.call("CHECK", netns, prevResult=added).code != 0
+
+
+def test_the_interpreter_of_this_system_runs_it(lab: Lab) -> None:
+    """As installed: compiled, by the path of Debian's own Python."""
+    (made,) = kubelets(lab, V4, nodes=1)
+    folder = lab.folder / "bin"
+    command = [sys.executable, "-m", "flannelpy", "cni", "install", f"--bin-dir={folder}"]
+    subprocess.run(command, check=True, capture_output=True)
+    made.host.command = (f"{folder}/flannel",)
+    netns, _ = made.add("pod")
+    assert made.call("DEL", netns).code == 0
