@@ -70,7 +70,7 @@ def test_only_one_name_is_taken_in_site_packages(wheel: ZipFile) -> None:
 def test_the_entry_points_name_what_is_there(wheel: ZipFile) -> None:
     parser = configparser.ConfigParser()
     parser.read_string(metadata(wheel, "entry_points.txt"))
-    assert dict(parser["console_scripts"]) == {"flannelpy": "flannelpy.__main__:main"}
+    assert dict(parser["console_scripts"]) == PYPROJECT["project"]["scripts"]
     assert dict(parser["flannelpy.backends"]) == PYPROJECT["project"]["entry-points"]["flannelpy.backends"]
     for point in (*parser["console_scripts"].values(), *parser["flannelpy.backends"].values()):
         path = point.partition(":")[0].replace(".", "/")
