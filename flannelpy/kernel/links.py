@@ -30,12 +30,30 @@ class Links:
     def __init__(self, netlink: NetlinkSocket) -> None:
         self._netlink = netlink
         self.by_name: dict[str, LinkInfo] = {}
+        """As last observed: what is announced is compared with it."""
 
     def read(self) -> dict[str, LinkInfo]:
-        """All of them, by name, in the kernel's order."""
+        """All of them as they are now, by name, in the kernel's order. For a question: not remembered.
+
+        If it were, a change that is still to be announced would be no news, and nobody would mend it.
+        """
         found = (replies.read_link(body) for body in self._netlink.dump(codec.link_dump()))
-        self.by_name = {link.name: link for link in found}
+        return {link.name: link for link in found}
+
+    def observe(self) -> dict[str, LinkInfo]:
+        """The same, remembered: for a pass, which compares everything."""
+        self.by_name = self.read()
         return self.by_name
+
+    def _remember(self, name: str) -> None:
+        """One that we have changed or removed. Of the others there may still be something to hear."""
+        info = self.read().get(name)
+        index = info.ifindex if info else 0
+        self.by_name = {
+            known: link for known, link in self.by_name.items() if known != name and link.ifindex != index
+        }
+        if info is not None:
+            self.by_name[name] = info
 
     def now(self, ifindex: int) -> LinkInfo | None:
         """One link as it is at this moment, not remembered; None if there is none of that index."""
@@ -65,7 +83,7 @@ class Links:
                 return []
             return [Failure(op, error)]
         finally:
-            self.read()
+            self._remember(link.name)
         return []
 
     def _create(self, link: Link) -> None:
@@ -80,11 +98,11 @@ class Links:
             if renamed is not None:
                 # Ours under another name: it gets its name back, and what else was changed of it.
                 self._netlink.request(codec.link_rename(renamed.ifindex, link.name))
-                self.read()
+                self._remember(link.name)
                 self._change(link)
                 return
-            raise _creation_error(link, error, self.by_name.values()) from error
-        self.read()
+            raise _creation_error(link, error, self.read().values()) from error
+        self._remember(link.name)
         index = self.index(link.name)
         if link.vxlan is not None:
             self._quieten(index, link.name)
@@ -93,7 +111,7 @@ class Links:
 
     def _create_tun(self, link: Link) -> None:
         tun.create_tun(link.name)
-        self.read()
+        self._remember(link.name)
         index = self.index(link.name)
         self._quieten(index, link.name)
         self._netlink.request(codec.link_change(index, mtu=link.mtu, queue=tun.QUEUE))
@@ -102,7 +120,7 @@ class Links:
 
     def _renamed(self, link: Link) -> LinkInfo | None:
         """Our device under a name that somebody gave it: nobody else's has our MAC and our VNI."""
-        for info in self.by_name.values():
+        for info in self.read().values():
             if info.kind == link.kind and info.mac == link.mac and link.vxlan is not None:
                 found = replies.read_vxlan(info.vxlan, {})
                 if (found.vni, found.local) == (link.vxlan.vni, link.vxlan.local):

@@ -181,7 +181,7 @@ class LinuxKernel:
     def observe(self, scope: Scope, *, devices_only: bool = False) -> State:
         """All that is ours, as the kernel has it now; or just our devices with their addresses."""
         self._scope = scope
-        links = self._links.read()
+        links = self._links.observe()
         names = {link.ifindex: name for name, link in links.items()}
         ours = {link.ifindex: name for name, link in links.items() if name in scope.devices}
         state = State()

@@ -30,7 +30,8 @@ from flannelpy.model.kernel import (
     default_metric,
 )
 from flannelpy.model.plan import Put, Refusals, Remove, plan, stages
-from flannelpy.reconcile import Failure, Kernel
+from flannelpy.outcome import Failure
+from flannelpy.reconcile import Kernel
 
 NETWORKS = (parse_prefix("10.5.0.0/16"), parse_prefix("fd00:5::/48"))
 SCOPE = Scope(frozenset(["flannel.1", "flannel-v6.1"]), NETWORKS)
@@ -410,6 +411,24 @@ def test_links_and_routes_are_told_as_they_are(linux: LinuxKernel) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("question", ["interfaces", "links", "routed"])
+def test_a_question_takes_no_notice_away(linux: LinuxKernel, question: str) -> None:
+    """The daemon asks for the links when it is ready or writes its lease: what comes is still news."""
+    settle(linux, State([*own()]))
+    linux.subscribe()
+    linux.observe(SCOPE)
+    monitor = linux._monitor
+    assert monitor is not None
+    monitor._read()
+    run("ip", "link", "del", "flannel.1")
+    {
+        "interfaces": linux.interfaces,
+        "links": lambda: linux.links(["flannel.1"]),
+        "routed": linux.routed,
+    }[question]()
+    assert Shaken("device flannel.1 was deleted") in monitor._read()
+
+
 def test_lost_notifications_are_said(linux: LinuxKernel) -> None:
     linux.subscribe()
     settle(linux, State(own()))
