@@ -205,6 +205,7 @@ class Claim:
     def _note_written(self, own: Lease) -> None:
         """The record is ours, as we wrote it just now."""
         self.own = own
+        self._health.lease_trouble = None
         self._unsigned, self._resumed = True, False
         # Up to a tenth earlier: a cluster that started at once must not renew at once.
         period = (TTL_SECONDS - self._margin) * self._random.uniform(0.9, 1.0)
@@ -261,10 +262,13 @@ class Claim:
         self._health.conflict = conflict
         if self._gave_way:
             self._unpublished = False
+            self._health.lease_trouble = conflict
         return self._gave_way
 
     async def _take_back(self, lost: Lease) -> None:
         """The same subnet again if it is free, else another one."""
+        if not self._new_history:  # that would be all nodes at once, and their network works
+            self._health.lease_trouble = f"our lease {lost.key} was deleted or overwritten by somebody else"
         await asyncio.sleep(self._not_before - asyncio.get_running_loop().time())
         if self._lost or self._theirs is None or self._theirs.attrs != lost.attrs:
             log.warning("our lease %s was deleted or overwritten by somebody else: taking it back", lost.key)

@@ -18,7 +18,9 @@ from flannelpy.errors import FlannelpyError
 
 log = logging.getLogger(__name__)
 
-_LONGEST = 4096
+_LONGEST_QUESTION = 4096
+_LONGEST_ANSWER = 64 << 20
+"""10,000 peers take 3 MiB."""
 _SECONDS = 5.0
 
 Commands = Mapping[str, Callable[[], Any]]
@@ -43,7 +45,7 @@ async def serve(path: Path, commands: Commands) -> AsyncIterator[None]:
         writer.close()
 
     listener = _listen(path)
-    server = listener and await asyncio.start_unix_server(answer, sock=listener, limit=_LONGEST)
+    server = listener and await asyncio.start_unix_server(answer, sock=listener, limit=_LONGEST_QUESTION)
     try:
         yield
     finally:
@@ -91,7 +93,7 @@ def ask(path: Path, command: str) -> Any:
             client.connect(str(path))
             client.sendall(json.dumps({"do": command}).encode() + b"\n")
             with client.makefile("rb") as file:
-                reply = json.loads(file.readline(_LONGEST * 16))
+                reply = json.loads(file.readline(_LONGEST_ANSWER))
     except (FileNotFoundError, ConnectionRefusedError):
         raise FlannelpyError(
             f"no flannelpy daemon answers at {path}: is it running? (--subnet-file names it)"

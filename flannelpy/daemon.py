@@ -9,17 +9,16 @@ import gc
 import logging
 import os
 import signal
-import socket
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flannelpy import __version__, control, state_file, subnet_env
-from flannelpy.backend import Backend, load
+from flannelpy import __version__, control, endpoints, start, status, subnet_env
+from flannelpy.backend import load
 from flannelpy.errors import FlannelpyError, KernelError
 from flannelpy.health import Health
 from flannelpy.kernel import instance
@@ -27,10 +26,8 @@ from flannelpy.kernel.firewall import Firewall, firewall, remove_all
 from flannelpy.kernel.linux import LinuxKernel, require_privileges
 from flannelpy.kernel.peer_filter import PeerFilterTable
 from flannelpy.log import setup as setup_log
-from flannelpy.model.address import Address, parse_address
-from flannelpy.model.config import EXAMPLE_CONFIG, ConfigError, NetworkConfig, parse_config
+from flannelpy.model.config import NetworkConfig
 from flannelpy.model.config_change import compare
-from flannelpy.model.identity import Identity
 from flannelpy.model.kernel import Scope, State
 from flannelpy.model.leftover import leftover_devices
 from flannelpy.model.peer_filter import ENFORCE, OFF, port_of
@@ -38,11 +35,12 @@ from flannelpy.model.plan import plan
 from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import Wishes
 from flannelpy.model.uplink import Wish
-from flannelpy.node import PATIENCE_SECONDS, Node, Parts
+from flannelpy.node import Node, Parts
 from flannelpy.notify import Notify
 from flannelpy.settings import DEFAULT, Settings, describe
-from flannelpy.state_file import Memory, Origin
+from flannelpy.state_file import Origin
 from flannelpy.store import Store
+from flannelpy.verdict import Verdict, is_stuck, judge
 
 if TYPE_CHECKING:
     from flannelpy.store.etcd_admin import EtcdAdmin
@@ -109,12 +107,38 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         log.warning("ignored after the flags: %d word(s)", len(settings.ignored_words))
     require_privileges()
     health = Health()
+    loop, nodes = asyncio.get_running_loop(), list[Node]()
+
+    def tell(text: str) -> None:
+        """The node in one line, for all who ask."""
+        health.summary = text
+        notify.status(text)
+
+    def judged() -> Verdict:
+        return judge(health, loop.time(), settings.readyz_missing_peers)
+
+    def now() -> status.Node | None:
+        return nodes[0].now() if nodes else None
+
+    commands: dict[str, Callable[[], Any]] = {
+        "status": lambda: status.document(now(), health, judged()),
+        "peers": lambda: status.peers(now(), health),
+    }
     async with AsyncExitStack() as stack:
         stack.enter_context(instance.lock(f"network {settings.etcd_prefix}"))
+        if settings.healthz_port > 0:
+            pages = {
+                "/healthz": lambda: endpoints.healthz(judged()),
+                "/readyz": lambda: endpoints.readyz(judged()),
+            }
+            await stack.enter_async_context(
+                endpoints.listen(settings.healthz_ip, settings.healthz_port, pages)
+            )
+        await stack.enter_async_context(control.serve(control.path_for(settings.subnet_file), commands))
         store = await stack.enter_async_context(_store(settings, health, notify))
         origin = Origin(settings.etcd_prefix, tuple(settings.etcd_endpoints))
-        memory = _remembered(settings, origin)
-        learned = await _learn_network(store, notify, memory, time.time())
+        memory = start.remembered(settings, origin)
+        learned = await start.learn_network(store, tell, memory, time.time())
         silent = learned is None
         if learned is None:
             assert memory is not None  # noqa: S101  # else it waits for ever
@@ -134,12 +158,11 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         previous, warning = subnet_env.read(settings.subnet_file)
         if warning:
             log.warning("%s", warning)
-        notify.status("claiming a subnet")
+        tell("claiming a subnet")
 
         def ready(text: str) -> None:
-            health.summary = text
             notify.ready()
-            notify.status(text)
+            tell(text)
             log.info("ready: %s", text)
 
         traffic, rules = await _firewall(settings, config, previous, health)
@@ -157,15 +180,15 @@ async def _serve(settings: Settings, notify: Notify) -> None:
                 settings.public_ip,
                 settings.public_ipv6,
             ),
-            host_id=f"{settings.etcd_prefix}|{_machine_id()}",
-            store_hosts=_literal_hosts(settings.etcd_endpoints),
+            host_id=f"{settings.etcd_prefix}|{start.machine_id()}",
+            store_hosts=start.literal_hosts(settings.etcd_endpoints),
             previous=previous,
             margin_minutes=settings.subnet_lease_renew_margin,
-            us=_identity(),
+            us=start.identity(),
             origin=origin,
             memory=memory,
             store_is_silent=silent,
-            save=partial(_save, settings),
+            save=partial(start.save, settings),
             write_subnet_env=partial(_write_subnet_env, settings.subnet_file),
             firewall=rules,
             traffic=traffic,
@@ -177,10 +200,20 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             random=Random(),  # noqa: S311  # spreads load, guards nothing
         )
         node = Node(parts)
-        async with control.serve(
-            control.path_for(settings.subnet_file), {"held": node.held, "confirm": node.confirm}
-        ):
+        nodes.append(node)
+        commands.update(held=node.held, confirm=node.confirm)
+        async with asyncio.TaskGroup() as tasks:
+            if notify.watchdog_seconds is not None:
+                tasks.create_task(_feed_watchdog(notify, notify.watchdog_seconds, health))
             await node.live()
+
+
+async def _feed_watchdog(notify: Notify, seconds: float, health: Health) -> None:
+    """Signs of life, for ever, unless the reconciler has stopped: then systemd starts the daemon anew."""
+    while True:
+        if not is_stuck(health, asyncio.get_running_loop().time()):
+            notify.alive()
+        await asyncio.sleep(seconds / 3)
 
 
 async def _firewall(
@@ -203,8 +236,8 @@ async def _firewall(
         asked = settings.ip_masq or settings.sources["iptables-forward-rules"] != DEFAULT
         if asked:
             raise
-        health.rules_trouble = f"no forward rules: {error}"
-        log.warning("%s; or set --iptables-forward-rules=false", health.rules_trouble)
+        health.rules_absent = f"no forward rules: {error}"
+        log.warning("%s; or set --iptables-forward-rules=false", health.rules_absent)
         return wishes._replace(forward=False), await make((), before)
 
 
@@ -288,6 +321,7 @@ async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIte
         else:
             if health.store_trouble is None:
                 health.store_trouble_since = now
+            health.metrics.store_troubles += 1
             since = time.strftime("%H:%M:%SZ", time.gmtime(health.store_trouble_since))
             outcome = f"the network goes on with what was known at {since}" if health.ready else "waiting"
             log.warning("%s; %s", reason, outcome)
@@ -325,95 +359,3 @@ def _etcd_client(settings: Settings) -> "EtcdClient":
     tls = Tls(settings.etcd_cafile, settings.etcd_certfile, settings.etcd_keyfile)
     login = Login(settings.etcd_username, settings.etcd_password, settings.etcd_password_file)
     return EtcdClient(settings.etcd_endpoints, tls, login if login.user else None)
-
-
-async def _learn_network(
-    store: Store, notify: Notify, memory: Memory | None, now: float
-) -> tuple[str, NetworkConfig, Backend] | None:
-    """(text, config, backend): wait until there is one that can be served; say once what is wrong.
-
-    None if there is a memory that will do, and the store does not answer.
-    """
-    said = ""
-    usable = memory is not None and memory.is_valid_at(now)
-    with suppress(TimeoutError):
-        async with (
-            asyncio.timeout(PATIENCE_SECONDS if usable else None) as patience,
-            aclosing(store.watch_config()) as texts,
-        ):
-            async for text in texts:
-                patience.reschedule(None)  # it answers
-                problem = _why_not(text, store.config_place)
-                if problem is None and text is not None:
-                    config = parse_config(text)
-                    return text, config, load(config)
-                if problem is not None and problem != said:
-                    said = problem
-                    log.warning("waiting: %s", problem)
-                    notify.status(f"waiting: {problem}")
-    return None
-
-
-def _why_not(text: str | None, place: str) -> str | None:
-    """What keeps us from serving a network config."""
-    if text is None:
-        return f"no network config yet: put one at {place}, such as {EXAMPLE_CONFIG}"
-    try:
-        load(parse_config(text))
-    except (ConfigError, LookupError) as error:
-        return f"the network config at {place} cannot be used: {error}"
-    return None
-
-
-def _remembered(settings: Settings, origin: Origin) -> Memory | None:
-    """What an earlier life of this node has saved about this network."""
-    if not settings.state_dir:
-        return None
-    memory, warning = state_file.read(state_file.path_for(settings.state_dir, origin.prefix))
-    if warning:
-        log.warning("%s", warning)
-    return memory if memory is not None and memory.origin.is_same(origin) else None
-
-
-def _save(settings: Settings, memory: Memory) -> None:
-    if not settings.state_dir:
-        return
-    path = state_file.path_for(settings.state_dir, memory.origin.prefix)
-    try:
-        state_file.write(path, memory)
-    except OSError as error:
-        log.warning(
-            "cannot write %s: %s; a start without the store will not know the peers", path, error.strerror
-        )
-
-
-def _identity() -> Identity:
-    """This process on this machine."""
-    boot, since = "", 0
-    with suppress(OSError, ValueError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        since = int(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
-    return Identity(socket.gethostname(), boot, os.urandom(8).hex(), since, int(time.time() * 1000))
-
-
-def _literal_hosts(endpoints: Sequence[str]) -> tuple[Address, ...]:
-    """The endpoints that are given as IP addresses."""
-    found = []
-    for endpoint in endpoints:
-        name = endpoint.partition("://")[2] or endpoint
-        bare = name[1:].partition("]")[0] if name.startswith("[") else name.rpartition(":")[0] or name
-        with suppress(ValueError):
-            found.append(parse_address(bare))
-    return tuple(found)
-
-
-def _machine_id() -> str:
-    """Systemd's machine id, or the host's name where there is none."""
-    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
-        try:
-            text = Path(path).read_text(encoding="ascii", errors="replace").strip()
-        except OSError:
-            continue
-        if text and text != "uninitialized":
-            return text
-    return socket.gethostname()

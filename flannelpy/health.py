@@ -1,4 +1,4 @@
-"""How the daemon is, in plain values; other parts only read them."""
+"""How the daemon is, in plain values; other parts only read them. `verdict` says what they mean."""
 
 from flannelpy.metrics import Metrics
 
@@ -9,8 +9,17 @@ class Health:
     def __init__(self) -> None:
         self.metrics = Metrics()
         self.ready = False
+        """The first pass over the peers is done; it stays so."""
         self.summary = "starting"
         """The node in one line."""
+        self.work_since: float | None = None
+        """While the reconciler has work: its last sign of life, on the loop's clock; None = it is idle."""
+        self.own_trouble: str | None = None
+        """Why our own device does not stand, or why nothing can be compared; None = all is well."""
+        self.lease_trouble: str | None = None
+        """Why our lease is not ours right now; None = it is, as far as we know."""
+        self.lease_expires = 0.0
+        """When the store forgets our lease unless it is written again, seconds since 1970."""
         self.store_trouble: str | None = None
         """Why the store cannot be reached or used right now; None = all is well."""
         self.store_trouble_since = 0.0
@@ -23,10 +32,14 @@ class Health:
         """Why the store's network config is not the one that is running; None = it is."""
         self.rules_trouble: str | None = None
         """Why masquerade or forward rules do not stand, or do not help; None = all is well."""
+        self.rules_absent: str | None = None
+        """Why this host has no forward rules, which nobody asked for by name; None = it has."""
         self.strangers: dict[str, int] = {}
         """Sources of encapsulated packets that no lease explains -> packets in the last hour; at most 20."""
         self.peers = 0
         """Peers that are programmed, or will be with the next pass."""
+        self.missing: dict[str, float] = {}
+        """Key of a peer that the kernel has not whole -> since when, on the loop's clock."""
         self.refused: dict[str, str] = {}
         """Key -> why (a part of) this peer is not programmed."""
         self.unreadable: dict[str, str] = {}

@@ -54,6 +54,7 @@ class Knowledge:
         self._saved: Lease | None = None if memory is None else memory.own
         self._expires = 0.0 if memory is None else memory.expires
         """When the store forgets our record unless it is written again; 0 = it was not written yet."""
+        health.lease_expires = self._expires
         if memory is not None:
             store.remember(memory.head, self._leases.known.keys())
 
@@ -107,7 +108,7 @@ class Knowledge:
 
     def written(self, own: Lease) -> None:
         """Our record was written: it lives for a whole TTL from now."""
-        self._expires = self._wall_clock() + TTL_SECONDS
+        self._expires = self._health.lease_expires = self._wall_clock() + TTL_SECONDS
         self._dirty.set()
         if self._saved is not None and self._saved.key != own.key:
             self._urgent.set()

@@ -1,15 +1,30 @@
 """What the daemon has counted since its start, in plain values; other parts only read them."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from flannelpy.model.plan import Op, Remove
+HEAL_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
+"""Upper bounds of the classes in which times of repairs are counted."""
+
+
+class Repair(NamedTuple):
+    """Something that somebody else had damaged was put right."""
+
+    what: str
+    cause: str
+    """What was seen; "resync" if only the comparison of each minute found it."""
+    seconds: float
+    """From the kernel's announcement to the end."""
 
 
 class Metrics:
     """Counts since the start."""
 
     def __init__(self) -> None:
+        self.started = time.time()
+        """Seconds since 1970."""
         self.refusals = 0
         """How often a record was refused or unreadable for a new reason."""
         self.passes = 0
@@ -18,26 +33,27 @@ class Metrics:
         """Operations that the kernel carried out."""
         self.failures = 0
         """Operations that the kernel refused."""
-        self.repairs: Counter[str] = Counter()
-        """Operations that put right what somebody else had damaged, by kind: "add Route"."""
+        self.store_troubles = 0
+        """How often the store could not be used, for a new reason."""
+        self.repairs: Counter[tuple[str, str]] = Counter()
+        """(kind such as "add Route", "announced" or "resync") -> operations that put something right."""
+        self.heal_times: Counter[float] = Counter()
+        """Upper bound of a class (infinity for the last one) -> repairs that took no longer."""
+        self.heal_seconds = 0.0
+        """The sum of all times of repairs."""
+        self.last_repair: Repair | None = None
+        self.last_repair_at = 0.0
+        """Seconds since 1970."""
         self.stranger_packets = 0
         """Encapsulated packets that no lease explains."""
         self.natted_packets = 0
         """Those of peers whose packets come from another address than their public IP."""
-        self.last_repair_seconds = 0.0
-        """From the kernel's announcement to the end of the last repair."""
-        self.longest_repair_seconds = 0.0
 
-    def note_repair(self, ops: Iterable[Op], seconds: float) -> None:
-        """Count what a repair did."""
-        kinds = []
-        for op in ops:
-            verb = "remove" if isinstance(op, Remove) else "change" if op.was is not None else "add"
-            kinds.append(f"{verb} {type(op.item).__name__}")
-        self.count_repairs(kinds, seconds)
-
-    def count_repairs(self, kinds: Iterable[str], seconds: float) -> None:
-        """The same for kinds that are named already, as "add Route"."""
-        self.repairs.update(kinds)
-        self.last_repair_seconds = seconds
-        self.longest_repair_seconds = max(self.longest_repair_seconds, seconds)
+    def note_repair(self, repair: Repair, kinds: Iterable[str]) -> None:
+        """Count what a repair did: an item of `kinds` for each operation."""
+        noticed = "resync" if repair.cause == "resync" else "announced"
+        self.repairs.update((kind, noticed) for kind in kinds)
+        bound = next((one for one in HEAL_SECONDS if repair.seconds <= one), float("inf"))
+        self.heal_times[bound] += 1
+        self.heal_seconds += repair.seconds
+        self.last_repair, self.last_repair_at = repair, time.time()

@@ -11,7 +11,7 @@ from contextlib import aclosing, suppress
 from random import Random
 from typing import NamedTuple, Protocol
 
-from flannelpy import subnet_env
+from flannelpy import status, subnet_env
 from flannelpy.backend import Backend, Facts
 from flannelpy.claim import Claim, Telling
 from flannelpy.errors import UplinkError
@@ -208,6 +208,12 @@ class Node:
         if self._reconciler is not None:
             self._reconciler.offer(gone)
         return len(gone.gone) + len(gone.put)
+
+    def now(self) -> status.Node:
+        """The node as it is."""
+        parts, known = self._parts, self._knowledge
+        leases = {lease.key: lease for lease in known.all_leases()}
+        return status.Node(parts.config, parts.backend, self._facts, self._claim.own, leases, known.held())
 
     async def _first_lease(self) -> tuple[Lease, bool]:
         """(our lease, whether it is from memory because the store does not answer)."""

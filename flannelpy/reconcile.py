@@ -22,30 +22,18 @@ from flannelpy.model.lease import Lease, LeaseUpdate, Snapshot
 from flannelpy.model.peers import Peers
 from flannelpy.model.plan import Op, Refusals, Remove, note_done, plan, plan_part, stages
 from flannelpy.model.traffic import blackholes
+from flannelpy.outcome import Failure, Outcomes
 
 log = logging.getLogger(__name__)
 
-_QUIET = 6
-"""Up to so many operations, one peer's, are not worth a line in the log of a large cluster."""
 _SLICE = 3000
 """Operations applied before other tasks get their turn (about 30 ms)."""
-_NAMED = 20
-"""Bad records that are named one by one when they come at once."""
 _RESYNC_SECONDS = (45.0, 75.0)
 """A full comparison this often, somewhere in between: what was not announced is found."""
 _RETRY_SECONDS = (0.25, 8.0)
 """After a refusal by the kernel: first and longest wait before the next full pass."""
 _BREATH = 4.0
 """Between full passes, at least this many times what the last one took: a storm costs a fifth of a core."""
-
-
-class Failure(Protocol):
-    """An operation that the kernel refused; its text says which and why."""
-
-    @property
-    def op(self) -> Op:
-        """What was refused."""
-        ...
 
 
 class Kernel(Protocol):
@@ -117,14 +105,16 @@ class Reconciler:
         self._retry_at = math.inf
         self._retry = 0.0
         self._not_before = 0.0
-        self._said: dict[str, str] = {}
-        self._refused: set[str] = set()
+        self._outcomes = Outcomes(health)
         self.first_pass_done = asyncio.Event()
         """Set after the first whole pass over the peers."""
 
     def offer(self, news: LeaseUpdate | list[Notice] | None) -> None:
         """Hand over what the store said or what the kernel announced; None = look at everything."""
-        self._inbox.put_nowait((news, asyncio.get_running_loop().time()))
+        now = asyncio.get_running_loop().time()
+        self._inbox.put_nowait((news, now))
+        if self._health.work_since is None:
+            self._health.work_since = now
 
     def move(self, own: Lease) -> None:
         """Our lease changed: another subnet, or other attributes."""
@@ -161,7 +151,9 @@ class Reconciler:
                 self._all_dirty = True
                 self._back_off()
                 self._not_before = asyncio.get_running_loop().time() + self._retry
-                log.warning("cannot reconcile: %s; trying again in %.2g s", error, self._retry)
+                self._outcomes.not_compared(error, self._retry)
+            if self._inbox.empty():
+                self._health.work_since = None
 
     async def _gather(self) -> Work:
         """All that is there as soon as there is something, or as soon as it is time to doubt everything."""
@@ -176,7 +168,7 @@ class Reconciler:
             pass
         while not self._inbox.empty():
             found.append(self._inbox.get_nowait())
-        now = loop.time()
+        now = self._health.work_since = loop.time()
         moved = any(news is None for news, _since in found)
         work = Work([], [], moved, min((since for _news, since in found), default=now))
         for news, _since in found:
@@ -212,7 +204,7 @@ class Reconciler:
         was_synced = self._peers.synced
         for update in work.updates:
             change = self._peers.update(update)
-            self._note_unreadable(update)
+            self._outcomes.note_unreadable(update)
             touched.update(change.touched)
             self._all_dirty = self._all_dirty or change.full
         if self._peers.synced and not was_synced:
@@ -226,7 +218,7 @@ class Reconciler:
                 ops = _wanted_now(ops)
             cause = drifted[0] if drifted else "leases changed"
             await self._apply(ops, cause, since=work.since, drift=bool(drifted))
-        self._name_troubles()
+        self._outcomes.name_troubles(self._peers.refused)
 
     def _take_in_notices(self, notices: Sequence[Notice], touched: State) -> list[str]:
         """Bring our picture of the kernel up to date; what differs from it was somebody else's doing."""
@@ -280,7 +272,7 @@ class Reconciler:
         failed = await self._apply(ops, cause, since=since, drift=drift)
         if not failed:
             self._retry, self._retry_at = 0.0, math.inf
-            self._refused = set()
+            self._outcomes.all_done()
         if self._peers.synced:
             self._scope = self._scope._replace(takeover=())
         if self._peers.synced or self._from_memory:
@@ -306,29 +298,22 @@ class Reconciler:
                 failures += refused
                 for failure in refused:
                     refusals.add(failure.op)
+                self._health.work_since = asyncio.get_running_loop().time()
                 await asyncio.sleep(0)
         return count, failures
 
     async def _apply(self, ops: list[Op], cause: str, *, since: float, drift: bool) -> bool:
         """Do it, and whether any of it was refused."""
         done, failures = await self._carry_out(ops)
-        health = self._health
-        metrics = health.metrics
-        metrics.passes += 1
-        metrics.operations += done
-        metrics.failures += len(failures)
-        health.peers = self._peers.programmed()
-        text = summary(ops, len(failures), len(ops) - done - len(failures))
-        if ops and drift:
-            seconds = asyncio.get_running_loop().time() - since
-            metrics.note_repair(ops, seconds)
-            log.warning("repaired in %.0f ms: %s (%s)", seconds * 1000, text, cause)
-        elif ops:
-            level = logging.INFO if len(ops) > _QUIET else logging.DEBUG
-            log.log(level, "%s: %s", cause, text)
+        now = asyncio.get_running_loop().time()
+        self._health.peers = self._peers.programmed()
+        self._outcomes.applied(ops, done, failures, cause, now - since if drift else None)
+        if failures or self._health.missing:
+            known = self._health.missing
+            self._health.missing = {key: known.get(key, now) for key in self._peers.missing(self._observed)}
         if failures:
             self._back_off()
-            self._name_failures(failures)
+            self._outcomes.refused(failures, self._retry)
         return bool(failures)
 
     def _back_off(self) -> None:
@@ -392,43 +377,6 @@ class Reconciler:
             self._on_link |= found
             self._rebase()
 
-    # --- words -------------------------------------------------------------------------------------------
-
-    def _name_failures(self, failures: Sequence[Failure]) -> None:
-        """Once per failure, however often it is tried again."""
-        texts = [str(failure) for failure in failures]
-        new = [text for text in texts if text not in self._refused]
-        self._refused = set(texts)
-        for text in new[:5]:
-            log.warning("the kernel refused: %s; trying again in %.2g s", text, self._retry)
-        if len(new) > 5:
-            log.warning("the kernel refused %d more operations", len(new) - 5)
-
-    def _note_unreadable(self, update: LeaseUpdate) -> None:
-        health = self._health
-        if isinstance(update, Snapshot):
-            health.unreadable = dict(update.unreadable)
-        else:
-            for key in [*(lease.key for lease in update.put), *update.gone]:
-                health.unreadable.pop(key, None)
-            health.unreadable.update(update.unreadable)
-
-    def _name_troubles(self) -> None:
-        """One line for each record that is not programmed for a new reason; a flood of them is cut short."""
-        health = self._health
-        health.refused = self._peers.refused
-        reasons = {key: f"is unreadable: {reason}" for key, reason in health.unreadable.items()}
-        reasons.update({key: f"is not programmed: {reason}" for key, reason in health.refused.items()})
-        new = [key for key, reason in reasons.items() if self._said.get(key) != reason]
-        self._said = reasons
-        health.metrics.refusals += len(new)
-        for key in new[:_NAMED]:
-            log.warning("lease %s %s", key, reasons[key])
-        if len(new) > _NAMED:
-            log.warning(
-                "and %d more leases, such as %s, which %s", len(new) - _NAMED, new[-1], reasons[new[-1]]
-            )
-
 
 def _wanted_now(ops: list[Op]) -> list[Op]:
     """Before the first snapshot an absent peer means nothing: remove only what must be made anew."""
@@ -438,28 +386,3 @@ def _wanted_now(ops: list[Op]) -> list[Op]:
         for op in ops
         if not isinstance(op, Remove) or (isinstance(op.item, Link) and op.item.name in remade)
     ]
-
-
-def summary(ops: Sequence[Op], refused: int = 0, put_off: int = 0) -> str:
-    """One sentence: what was to be done, and how much of it was not."""
-    if len(ops) == 1 and not refused:
-        return str(ops[0])
-    counts: dict[str, int] = {}
-    for op in ops:
-        verb = "removed" if isinstance(op, Remove) else "changed" if op.was is not None else "added"
-        word = f"{verb} {_WORDS[type(op.item).__name__]}"
-        counts[word] = counts.get(word, 0) + 1
-    text = ", ".join(f"{count} {word}" for word, count in counts.items())
-    text += f"; {refused} refused" if refused else ""
-    return text + (f", {put_off} put off because of that" if put_off else "")
-
-
-_WORDS = {
-    "Link": "device(s)",
-    "DeviceAddress": "address(es)",
-    "Tunnel": "forwarder(s)",
-    "FdbEntry": "FDB entries",
-    "Neighbour": "neighbours",
-    "Forward": "forwarding entries",
-    "Route": "routes",
-}

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 from flannelpy.errors import KernelError
 from flannelpy.health import Health
+from flannelpy.metrics import Repair
 from flannelpy.model.lease import Lease
 from flannelpy.model.traffic import RuleSet
 
@@ -147,7 +148,9 @@ class Rules:
             log.info("rules: %s (%s)", text, cause.words)
             return
         seconds = asyncio.get_running_loop().time() - cause.since
-        metrics.count_repairs([f"{word.split()[0]} Rules" for word in words], seconds)
+        metrics.note_repair(
+            Repair(text, cause.words, seconds), [f"{word.split()[0]} Rules" for word in words]
+        )
         log.warning("repaired in %.0f ms: %s (%s)", seconds * 1000, text, cause.words)
 
     def _failed(self, reason: str) -> None:

@@ -67,6 +67,8 @@ class Settings(NamedTuple):
     healthz_ip: str
     healthz_port: int
     """0 or less: off."""
+    readyz_missing_peers: int
+    """Percent."""
     v: int
     vmodule: tuple[tuple[str, int], ...]
     """(glob on the stem of a source file, verbosity)."""
@@ -95,10 +97,7 @@ class _Unavailable(NamedTuple):
 
 
 # What later versions bring: delete a row when the feature stands.
-_UNAVAILABLE = (
-    _Unavailable("kube-subnet-mgr", "subnets from Kubernetes", "false"),
-    _Unavailable("healthz-port", "health endpoints", "0"),
-)
+_UNAVAILABLE = (_Unavailable("kube-subnet-mgr", "subnets from Kubernetes", "false"),)
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Settings | ShowHelp | ShowVersion:

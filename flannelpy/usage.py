@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "try an overlay on this machine: nodes in network namespaces that ping each other",
     "docker-opts": "turn subnet.env into options for dockerd (flannel's mk-docker-opts.sh)",
     "lease": "the leases in etcd: list, show, check, release, reserve, unreserve; confirm",
+    "status": "how the daemon on this host is: problems first, then lease, peers, repairs",
 }
 
 _HEAD = """\

@@ -91,6 +91,14 @@ class Peers:
         """How many peers have objects in the desired state."""
         return len(self._items)
 
+    def missing(self, observed: State) -> list[str]:
+        """The keys of those that the kernel, as it is, has not whole."""
+        return [
+            key
+            for key, items in self._items.items()
+            if any(observed.table(item).get(item.key) != item for item in items)
+        ]
+
     def _change(self, gone: list[str], put: list[Lease]) -> Change:
         before = len(self.leases)
         was = {lease.key: self.leases.get(lease.key) for lease in put}

@@ -8,7 +8,6 @@ from random import Random
 from typing import Protocol
 
 from flannelpy.backend import load
-from flannelpy.daemon import _learn_network
 from flannelpy.errors import KernelError, StoreError, UplinkError
 from flannelpy.health import Health
 from flannelpy.kernel.fake import FakeKernel
@@ -23,7 +22,7 @@ from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import Wishes
 from flannelpy.model.uplink import Interface, InterfaceAddress, Wish
 from flannelpy.node import Node, Parts
-from flannelpy.notify import Notify
+from flannelpy.start import learn_network
 from flannelpy.state_file import Memory, Origin
 from flannelpy.store import Offer, Running
 from flannelpy.store.etcd_codec import Listing
@@ -240,7 +239,7 @@ class Member:
         self.config = None
         self.starts += 1
         memory = self.memory
-        learned = await _learn_network(store, Notify({}), memory, self.wall_clock())
+        learned = await learn_network(store, lambda _text: None, memory, self.wall_clock())
         silent = learned is None
         if learned is None:
             assert memory is not None

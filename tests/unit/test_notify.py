@@ -34,3 +34,20 @@ def test_messages(manager: tuple[socket.socket, str]) -> None:
 def test_nobody_there_is_no_error(name: str | None) -> None:
     notify = Notify({} if name is None else {"NOTIFY_SOCKET": name})
     assert [notify.ready(), notify.status("x"), notify.stopping()] == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("environ", "seconds"),
+    [
+        ({"WATCHDOG_USEC": "60000000"}, 60.0),
+        ({"WATCHDOG_USEC": "500000", "WATCHDOG_PID": str(os.getpid())}, 0.5),
+        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "-1"}, None),
+        ({"WATCHDOG_USEC": "\u0663"}, None),
+        ({}, None),
+    ],
+)
+def test_whether_systemd_watches(environ: dict[str, str], seconds: float | None) -> None:
+    assert Notify({"NOTIFY_SOCKET": "/run/x", **environ}).watchdog_seconds == seconds
+    assert Notify(environ).watchdog_seconds is None, "nobody to tell"

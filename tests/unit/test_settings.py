@@ -43,6 +43,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "set-node-network-unavailable": ("False", False),
     "healthz-ip": ("127.0.0.1", "127.0.0.1"),
     "healthz-port": ("-1", -1),
+    "readyz-missing-peers": ("25", 25),
     "v": ("10", 10),
     "vmodule": ("etcd*=2,,plan=0", (("etcd*", 2), ("plan", 0))),
     "log_backtrace_at": ("plan.py:12", ("plan.py", 12)),
@@ -204,6 +205,7 @@ BAD_VALUES = [
     ("subnet-lease-renew-margin", "0", "1 to 1439"),
     ("subnet-lease-renew-margin", "1440", "1 to 1439"),
     ("healthz-port", "65536", "65535"),
+    ("readyz-missing-peers", "101", "0 to 100"),
     ("iptables-resync", "0", "at least 1"),
     ("ip-masq", "yes", "true or false"),
     ("v", "x", "whole number"),
@@ -285,7 +287,6 @@ def test_foreign_text_in_an_error_is_escaped_and_cut() -> None:
     ("name", "asked", "accepted"),
     [
         ("kube-subnet-mgr", "t", "false"),
-        ("healthz-port", "8081", "0"),
     ],
 )
 def test_features_that_are_not_there_yet(name: str, asked: str, accepted: str) -> None:
