@@ -24,7 +24,7 @@ from flannelpy.model.identity import Identity
 from flannelpy.model.kernel import Link, Notice, Scope, Shaken
 from flannelpy.model.lease import Delta, Lease, LeaseAttrs, Snapshot, same_node
 from flannelpy.model.leftover import leftover_devices
-from flannelpy.model.peer_filter import port_of
+from flannelpy.model.peer_filter import fate, port_of
 from flannelpy.model.subnet import Previous, is_compatible
 from flannelpy.model.traffic import RuleSet, Wishes, rules
 from flannelpy.model.uplink import DefaultRoute, Interface, NoUplink, Uplink, Wish, choose
@@ -107,7 +107,7 @@ class Parts(NamedTuple):
     """Keep a blackhole route to our own subnet."""
     peer_filter: FilterTable | None
     enforce: bool
-    """The filter drops what no lease explains."""
+    """The operator wants the filter to drop what no lease explains."""
     on_ready: Callable[[str], None]
     """Told, in one line, when the node is ready."""
     health: Health
@@ -178,7 +178,8 @@ class Node:
         self._write_subnet_env(own)
         port = port_of(parts.config, parts.host.links(parts.backend.devices))
         if parts.peer_filter is not None and port is not None:
-            self._strangers = Strangers(parts.peer_filter, port, parts.health, enforce=parts.enforce)
+            done = fate(parts.config, enforce=parts.enforce)
+            self._strangers = Strangers(parts.peer_filter, port, parts.health, done)
         if self._knowledge.held():
             self._hold_for_a_while()
         if from_memory:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from flannelpy.health import Health
 from flannelpy.model.address import Address, format_address
 from flannelpy.model.lease import Lease
-from flannelpy.model.peer_filter import PeerFilter, peer_filter
+from flannelpy.model.peer_filter import Fate, PeerFilter, peer_filter
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,10 @@ class _News(NamedTuple):
 class Strangers:
     """Keeps the filter for one port."""
 
-    def __init__(self, table: Table, port: int, health: Health, *, enforce: bool) -> None:
+    def __init__(self, table: Table, port: int, health: Health, fate: Fate) -> None:
         self._table = table
         self._port = port
-        self._enforce = enforce
+        self._fate = fate
         self._health = health
         self._news: _News | None = None
         self._woken = asyncio.Event()
@@ -118,7 +118,7 @@ class Strangers:
     def _keep(self, *, whole: bool) -> None:
         if self._news is None:
             return
-        wanted = peer_filter(self._port, *self._news, enforce=self._enforce)
+        wanted = peer_filter(self._port, *self._news, enforce=self._fate.dropped)
         if not whole and self._stands is not None and self._stands.here == wanted.here:
             self._table.change(self._stands, wanted)
         else:
@@ -141,8 +141,7 @@ class Strangers:
         self._health.strangers = {
             format_address(address): packets for address, packets in list(seen.strangers.items())[:20]
         }
-        done = "dropped" if self._enforce else "counted"
-        self._name(strangers, f"that no lease explains; they are {done}")
+        self._name(strangers, f"that no lease explains; they are {self._fate.words}")
         self._name(natted, "with the VTEP MAC of a lease with another public IP (NAT?); they are let through")
 
     def _name(self, grown: Mapping[Address, int], words: str) -> None:

@@ -2,6 +2,8 @@
 
 A packet to the encapsulation port is explained if it comes from the public IP of a current lease. With vxlan
 also if it carries the VTEP MAC of one: then it is a real peer behind a NAT, which is named but never dropped.
+With udp nothing in a packet tells such a peer, and the filter drops nothing: the forwarder lets in only what
+peers send from their own subnets, or everything where the network says so.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +11,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from flannelpy.model.address import Address, Mac, parse_mac
-from flannelpy.model.config import NetworkConfig
+from flannelpy.model.config import NetworkConfig, Section
 from flannelpy.model.kernel import Link
 from flannelpy.model.lease import Lease
 
@@ -29,6 +31,23 @@ class PeerFilter(NamedTuple):
     """VTEP MACs; empty where packets have none."""
     enforce: bool
     """Drop what is not explained; else count it."""
+
+
+class Fate(NamedTuple):
+    """What becomes of packets that no lease explains."""
+
+    dropped: bool
+    """By the filter."""
+    words: str
+    """For the log."""
+
+
+def fate(config: NetworkConfig, *, enforce: bool) -> Fate:
+    """With a backend that encapsulates in UDP; `enforce` is what the operator asks for."""
+    if config.backend_type == "udp":
+        is_open = Section(config.backend, "Backend").boolean("AcceptAnySource", default=False)
+        return Fate(False, "let in, by AcceptAnySource" if is_open else "dropped by the forwarder")
+    return Fate(enforce, "dropped" if enforce else "counted")
 
 
 def port_of(config: NetworkConfig, links: Mapping[str, Link]) -> int | None:

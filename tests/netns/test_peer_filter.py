@@ -113,6 +113,37 @@ def test_enforce_drops_strangers_and_never_a_peer(lab: Lab) -> None:
     assert lab.ping(two.pods[0].netns, target, count=5).received == 5
 
 
+def test_udp_names_strangers_and_its_forwarder_drops_them(lab: Lab) -> None:
+    lab.put_config({**V4, "Backend": {"Type": "udp"}})
+    one = lab.add_node()
+    wait_ready([lab.start_daemon(one, flags=["--peer-filter=enforce"])])
+    assert one.daemon is not None
+    wait_until(lambda: exists(one), "the filter")
+    wait_until(lambda: str(one.address) in elements(one, "armed4"), "the filter to be armed")
+    run(*inside(lab.underlay, sys.executable, "-c", _SEND.replace("8472", "8285"), str(one.address), "45"))
+    wait_for_log(one.daemon, f"peer filter: {STRANGER} sent 1 packet(s) to port 8285", 20)
+    assert "that no lease explains; they are dropped by the forwarder" in log_of(one.daemon)
+    assert " drop\n" not in run("nft", "list", "table", "inet", "flannelpy", netns=one.netns)
+
+
+def test_udp_never_cuts_off_a_peer_behind_a_nat_where_the_network_is_open(lab: Lab) -> None:
+    """Its packets come from another address, and nothing in them says whose they are."""
+    lab.put_config({**V4, "Backend": {"Type": "udp", "AcceptAnySource": True}})
+    one, two = lab.add_node(), lab.add_node()
+    lab.ip(two.netns, "address add 192.168.77.250/24 dev eth0")
+    run("iptables", "-t", "nat", "-A", "POSTROUTING", "-p", "udp", "--dport", "8285",
+        "-j", "SNAT", "--to-source", "192.168.77.250", netns=two.netns)  # fmt: skip
+    first, second = (lab.start_daemon(node, flags=["--peer-filter=enforce"]) for node in (one, two))
+    wait_ready([first, second])
+    for node in (one, two):
+        lab.add_pod(node)
+    target = str(one.pods[0].address).partition("/")[0]
+    reach(lab, two, target)
+    wait_for_log(first, "peer filter: 192.168.77.250 sent", 40)
+    assert "they are let in, by AcceptAnySource" in log_of(first)
+    assert lab.ping(two.pods[0].netns, target, count=5).received == 5
+
+
 def test_without_a_daemon_the_filter_ends_by_itself(lab: Lab) -> None:
     one, _two = pair(lab, "--peer-filter=enforce")
     assert one.daemon is not None

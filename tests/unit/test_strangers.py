@@ -10,12 +10,13 @@ from flannelpy.health import Health
 from flannelpy.kernel import nft_codec
 from flannelpy.kernel import peer_filter as kernel_filter
 from flannelpy.model.address import Address, parse_mac, parse_v4
-from flannelpy.model.peer_filter import PeerFilter, peer_filter, port_of
+from flannelpy.model.peer_filter import Fate, PeerFilter, fate, peer_filter, port_of
 from flannelpy.strangers import Strangers
 from tests.builders import config, lease
 from tests.builders import lease as peer
 
 HERE = parse_v4("192.0.2.1")
+DROP, COUNT = Fate(True, "dropped"), Fate(False, "counted")
 
 
 class Seen(NamedTuple):
@@ -56,13 +57,13 @@ async def run(strangers: Strangers, table: Table, seconds: float) -> None:
 
 def test_there_is_no_filter_before_the_first_leases() -> None:
     table = Table()
-    asyncio.run(run(Strangers(table, 8472, Health(), enforce=True), table, 0.1))
+    asyncio.run(run(Strangers(table, 8472, Health(), DROP), table, 0.1))
     assert table.calls == []
 
 
 def test_peers_are_told_by_difference_and_strangers_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     table, health = Table(), Health()
-    strangers = Strangers(table, 8472, health, enforce=False)
+    strangers = Strangers(table, 8472, health, COUNT)
 
     async def scenario() -> None:
         task = asyncio.create_task(strangers.run())
@@ -90,7 +91,7 @@ def test_peers_are_told_by_difference_and_strangers_are_counted(caplog: pytest.L
 def test_a_refusal_is_said_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
     table = Table()
     table.fails = True
-    strangers = Strangers(table, 8472, Health(), enforce=False)
+    strangers = Strangers(table, 8472, Health(), COUNT)
 
     async def scenario() -> None:
         strangers.offer((HERE,), [peer()])
@@ -130,3 +131,16 @@ def test_only_enforce_drops() -> None:
     for wanted, drops in ((counting, 0), (counting._replace(enforce=True), 2)):
         steps = [step for chain in kernel_filter.rules(wanted).values() for rule in chain for step in rule]
         assert steps.count(drop) == drops
+
+
+@pytest.mark.parametrize(
+    ("backend", "enforce", "expected"),
+    [
+        ('{"Type":"vxlan"}', True, DROP),
+        ('{"Type":"vxlan"}', False, COUNT),
+        ('{"Type":"udp"}', True, Fate(False, "dropped by the forwarder")),
+        ('{"Type":"udp","AcceptAnySource":true}', True, Fate(False, "let in, by AcceptAnySource")),
+    ],
+)
+def test_what_becomes_of_strangers(backend: str, enforce: bool, expected: Fate) -> None:
+    assert fate(config(f'{{"Network":"10.5.0.0/16","Backend":{backend}}}'), enforce=enforce) == expected
