@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 _RETRY_SECONDS = (0.5, 8.0)
 """While the store does not answer: first and longest wait."""
 _REPEAT_SECONDS = (60.0, 600.0)
-"""After a change of what we tell: written again this much later."""
+"""After a change of what we tell, and after a new history was met: written again this much later."""
 _RECLAIM_SECONDS = (60.0, 3600.0)
 """A claim that is lost again is taken back no more often than this, and ever more rarely."""
 
@@ -83,6 +83,8 @@ class Claim:
         self._lost = False
         """Our record was deleted, or a whole listing came without it or with an older one."""
         self._new_history = False
+        self._began = 0
+        """The revision at which we met the present history."""
         self._resumed = False
         """Our lease is from an earlier life, and that may have written the record once more."""
         self._gave_way = False
@@ -131,12 +133,24 @@ class Claim:
             if update.new_history:
                 # Its revisions cannot be compared with ours. Restored as we wrote it, the record is ours.
                 self._lost = theirs != own
+                self._began = update.revision
+                self._confirm()
         elif own.key in update.gone and update.revision > own.revision:
             self._lost = True
         # Our own writes come back, too, perhaps before their answer: `keep` compares again.
         self._theirs = theirs or self._theirs
         if self._is_changed():
             self._wake.set()
+
+    def _confirm(self) -> None:
+        """Write our record again in a while, whatever becomes of it now.
+
+        Peers may know a newer one from the history that ended, by somebody who took our subnet there; what
+        is written after they met the new history is what they believe. Not all at once: there are thousands.
+        """
+        now = asyncio.get_running_loop().time()
+        self._repeats = [now + seconds * self._random.uniform(0.5, 1.0) for seconds in _REPEAT_SECONDS]
+        self._wake.set()
 
     def publish(self) -> None:
         """What we tell the peers is about to change: write it as soon as the store answers."""
@@ -298,7 +312,8 @@ class Claim:
         while self._new_history:
             self._new_history = False
             await self._matching_config()
-        return await self._acquire(Running(lost, self._held()))()
+        # Not as we would write it now, but as we did: our address may have changed in the meantime.
+        return await self._acquire(Running(self.own or lost, self._held(), self._began))()
 
     async def _matching_config(self) -> None:
         """Nothing is written into a new history before it has a config that describes our network."""

@@ -23,9 +23,9 @@ from flannelpy.model.config import NetworkConfig, overlap_warnings
 from flannelpy.model.identity import Identity
 from flannelpy.model.kernel import Link, Notice, Scope, Shaken
 from flannelpy.model.lease import Delta, Lease, LeaseAttrs, Snapshot, same_node
-from flannelpy.model.leftover import leftover_devices
+from flannelpy.model.leftover import leftover_devices, leftover_routes
 from flannelpy.model.peer_filter import fate, port_of
-from flannelpy.model.subnet import Previous, is_compatible
+from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import RuleSet, Wishes, rules
 from flannelpy.model.uplink import DefaultRoute, Interface, NoUplink, Uplink, Wish, choose
 from flannelpy.reconcile import Kernel, Reconciler
@@ -175,6 +175,7 @@ class Node:
         if parts.firewall is not None:
             self._rules = Rules(parts.firewall, self._decide_rules, own, parts.health)
             await self._rules.prepare()
+        self._leave_former_network(own)
         self._write_subnet_env(own)
         port = port_of(parts.config, parts.host.links(parts.backend.devices))
         if parts.peer_filter is not None and port is not None:
@@ -198,6 +199,24 @@ class Node:
             knowledge = self._knowledge
             tasks.create_task(knowledge.follow_config(self._own), name="follow the config")
             tasks.create_task(knowledge.keep_copy(self._own, parts.save), name="keep a copy")
+
+    def _leave_former_network(self, own: Lease) -> None:
+        """Remove our routes into it before subnet.env, which names it, is written anew.
+
+        Whoever starts after that would not know that they are ours.
+        """
+        parts = self._parts
+        former = {parts.previous.network, parts.previous.network6}
+        former -= {parts.config.network, parts.config.network6, None}
+        if not former:
+            return
+        observed = parts.host.observe(self._scope(own))
+        ops = leftover_routes(
+            observed, filter(None, former), filter(None, (parts.config.network, parts.config.network6))
+        )
+        if ops:
+            log.info("leaving the former network: %d routes removed", len(ops))
+            parts.host.apply(list(ops))
 
     def held(self) -> list[str]:
         """The keys of the peers that are held."""
@@ -237,11 +256,14 @@ class Node:
         return memory.own, True
 
     def _is_usable(self, memory: Memory) -> bool:
-        """Whether the lease is still ours: in time, for this config, and for the address that we have."""
+        """Whether the lease is still ours: in time, for this network, and for the address that we have.
+
+        SubnetMin and SubnetMax say where new subnets come from.
+        """
         own = memory.own
         return (
             memory.is_valid_at(self._parts.wall_clock())
-            and is_compatible(self._parts.config, own.subnet, own.subnet6)
+            and _is_inside(self._parts.config, own)
             and same_node(own.attrs, self._offer(own, ()))
         )
 
@@ -429,6 +451,15 @@ class Node:
             log.warning("subnet.env changes: restart Docker, or the pods, on this node to use it")
         parts.write_subnet_env(text)
         self._env = text
+
+
+def _is_inside(config: NetworkConfig, lease: Lease) -> bool:
+    """Whether it has a subnet of each family that the network has, and of no other."""
+    pairs = ((config.network, lease.subnet), (config.network6, lease.subnet6))
+    return all(
+        network.contains(subnet) if network and subnet else network is subnet is None
+        for network, subnet in pairs
+    )
 
 
 def _shown(uplink: Uplink) -> str:

@@ -33,7 +33,9 @@ _RESYNC_SECONDS = (45.0, 75.0)
 _RETRY_SECONDS = (0.25, 8.0)
 """After a refusal by the kernel: first and longest wait before the next full pass."""
 _BREATH = 4.0
-"""Between full passes, at least this many times what the last one took: a storm costs a fifth of a core."""
+"""Between full passes, at least this many times what the last one took: a storm costs a fifth of a core,"""
+_LONGEST_BREATH = 8.0
+"""but never longer than this: a machine that was paused in the middle of one did not work all that time."""
 
 
 class Kernel(Protocol):
@@ -278,7 +280,7 @@ class Reconciler:
         if self._peers.synced or self._from_memory:
             self.first_pass_done.set()
         now = loop.time()
-        self._not_before = now + _BREATH * (now - began)
+        self._not_before = now + min(_BREATH * (now - began), _LONGEST_BREATH)
         self._resync_at = now + self._random.uniform(*_RESYNC_SECONDS)
 
     async def _carry_out(self, ops: list[Op]) -> tuple[int, list[Failure]]:

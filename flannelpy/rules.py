@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 _RETRY_SECONDS = (0.25, 8.0)
 """After a failure: first and longest wait."""
 _BREATH = 2.0
-"""Between two looks, at least this many times what the last one took."""
+"""Between two looks, at least this many times what the last one took,"""
+_LONGEST_BREATH = 8.0
+"""but never longer than this: the machine may have been paused."""
 _IN_VAIN = (0.02, 0.5)
 """After looks that found nothing: first and longest wait. Others may change their rules all day."""
 _DOUBT_SECONDS = 60.0
@@ -106,7 +108,7 @@ class Rules:
                 self._wake("resync", drift=True)
             began = loop.time()
             await self._look()
-            await asyncio.sleep(max(_BREATH * (loop.time() - began), self._in_vain))
+            await asyncio.sleep(max(min(_BREATH * (loop.time() - began), _LONGEST_BREATH), self._in_vain))
 
     def _wake(self, words: str, *, drift: bool) -> None:
         """The first cause is the one that is told; what we did ourselves is no drift."""

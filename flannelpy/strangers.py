@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = (1.0, 60.0)
 """Between looks: at first, and, doubling, at last."""
 _BREATH = 4.0
-"""Between two changes, at least this many times what the last one took."""
+"""Between two changes, at least this many times what the last one took,"""
+_LONGEST_BREATH = 8.0
+"""but never longer than this: the machine may have been paused."""
 _NAMED = 5
 """Sources that are named one by one when a look finds many."""
 _REMEMBERED = 2000
@@ -113,7 +115,7 @@ class Strangers:
                 self._say_trouble(f"cannot keep the peer filter: {error.strerror or error}; trying again")
             else:
                 self._trouble = ""
-            await asyncio.sleep(_BREATH * (loop.time() - began))
+            await asyncio.sleep(min(_BREATH * (loop.time() - began), _LONGEST_BREATH))
 
     def _keep(self, *, whole: bool) -> None:
         if self._news is None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot, same_node
+from flannelpy.model.lease import Delta, Lease, LeaseAttrs, LeaseUpdate, Snapshot, same_node
 
 
 class Held(NamedTuple):
@@ -31,6 +31,9 @@ class Leases:
         """Key -> the record that counts, our own among them."""
         self.began = began
         """The new history's revision when we met it: what was written later is by somebody alive."""
+        self._held_by: dict[bytes | str, list[str]] = {}
+        """What tells a machine -> keys that were held when the hold began: a few may have come back since."""
+        self._index_held()
         self._withheld: dict[str, Lease] = {}
         """The older records of the new history in whose place peers are held."""
         self._following = False
@@ -51,6 +54,7 @@ class Leases:
         self._make_room([lease for lease in update.leases if self._is_news(lease)])
         if from_memory:
             self._release(_overlapped(update.leases, self.held))
+            self._release([key for lease in update.leases for key in self._former_addresses(lease)])
         self._withheld = {lease.key: lease for lease in update.leases if lease.key in self.held}
         held = [one.lease for one in self.held.values()]
         leases = (*(lease for lease in update.leases if lease.key not in self.held), *held)
@@ -78,19 +82,28 @@ class Leases:
             now = told.get(key)
             if now is None:
                 self.held[key] = Held(lease, 0)
-            elif prefer_known and now.attrs != lease.attrs and now.revision < lease.revision:
+            elif prefer_known and now.attrs != lease.attrs and now.revision <= lease.revision:
                 self.held[key] = Held(lease, now.revision)
+        self._index_held()
+
+    def _index_held(self) -> None:
+        self._held_by = {}
+        for key, held in self.held.items():
+            for mark in _marks(held.lease.attrs):
+                self._held_by.setdefault(mark, []).append(key)
 
     def _after_delta(self, update: Delta) -> Delta:
         news = [lease for lease in update.put if self._is_news(lease)]
         told = [*(lease.key for lease in update.put), *update.gone]
         self._release(told)
+        moved = list(dict.fromkeys(key for lease in update.put for key in self._other_places(lease)))
+        self._release(moved)
         for key in told:
             self._withheld.pop(key, None)
         for key in update.gone:
             self.known.pop(key, None)
         self.known.update((lease.key, lease) for lease in update.put)
-        return self._without(self._make_room(news), update)
+        return self._without([*moved, *self._make_room(news)], update)
 
     def _without(self, released: Sequence[str], update: Delta) -> Delta:
         """The update with the end of these holds in it: the store's own records count now, if it has any."""
@@ -100,6 +113,21 @@ class Leases:
             del self.known[key]
         self.known.update((lease.key, lease) for lease in back)
         return update._replace(put=(*update.put, *back), gone=(*update.gone, *gone))
+
+    def _other_places(self, lease: Lease) -> list[str]:
+        """The other held keys of a node that has just written: it was there once, and is not any more."""
+        found = dict.fromkeys(
+            key
+            for mark in _marks(lease.attrs)
+            for key in self._held_by.get(mark, ())
+            if key != lease.key and key in self.held
+        )
+        return [key for key in found if _same_machine(self.held[key].lease.attrs, lease.attrs)]
+
+    def _former_addresses(self, lease: Lease) -> list[str]:
+        """The same where it had another public IP: of two destinations for one MAC only one can be right."""
+        places = self._other_places(lease)
+        return [key for key in places if not same_node(self.held[key].lease.attrs, lease.attrs)]
 
     def _is_news(self, lease: Lease) -> bool:
         """Whether it was written since we met this history, and may be in the way of a held peer.
@@ -131,9 +159,27 @@ class Leases:
 
 
 def _replaces(lease: Lease, held: Lease) -> bool:
-    return same_node(lease.attrs, held.attrs) or any(
+    return _same_machine(lease.attrs, held.attrs) or any(
         one.overlaps(other) for one in lease.subnets() for other in held.subnets()
     )
+
+
+def _same_machine(one: LeaseAttrs, other: LeaseAttrs) -> bool:
+    """Perhaps under another address: only one of two with the same MAC or key can be programmed anyway."""
+    return same_node(one, other) or not {*_ids(one)}.isdisjoint(_ids(other))
+
+
+def _marks(attrs: LeaseAttrs) -> list[bytes | str]:
+    """All that may tell a machine."""
+    addresses = [address for address in (attrs.public_ip, attrs.public_ipv6) if address is not None]
+    return [*addresses, *_ids(attrs)]
+
+
+def _ids(attrs: LeaseAttrs) -> list[str]:
+    """VTEP MACs, or WireGuard's public keys."""
+    parts = [data for data in (attrs.backend_data, attrs.backend_v6_data) if isinstance(data, dict)]
+    found = [part.get(name) for part in parts for name in ("VtepMAC", "PublicKey")]
+    return [one for one in found if isinstance(one, str) and one]
 
 
 def _overlapped(leases: Iterable[Lease], held: Mapping[str, Held]) -> list[str]:

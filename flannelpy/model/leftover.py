@@ -1,8 +1,10 @@
-"""Devices that are ours although this configuration would not make them: of another VNI, another backend."""
+"""What is ours although this configuration would not make it: of another VNI, backend or network."""
 
 from collections.abc import Container, Iterable
 
 from flannelpy.model.address import Prefix, host
+from flannelpy.model.kernel import State
+from flannelpy.model.plan import Remove
 from flannelpy.model.uplink import OVERLAY_NAME, Interface
 
 
@@ -21,3 +23,14 @@ def leftover_devices(
         and OVERLAY_NAME.fullmatch(interface.name)
         and any(address.prefix in bases for address in interface.addresses)
     )
+
+
+def leftover_routes(observed: State, former: Iterable[Prefix], present: Iterable[Prefix]) -> list[Remove]:
+    """The removal of our routes into networks that were ours before, and are not any more."""
+    former, present = tuple(former), tuple(present)
+    return [
+        Remove(route)
+        for route in observed.routes.values()
+        if any(network.contains(route.destination) for network in former)
+        and not any(network.overlaps(route.destination) for network in present)
+    ]

@@ -39,8 +39,11 @@ class Running(NamedTuple):
     """What a running node goes on with although the store may have no record of it."""
 
     own: Lease
+    """As it was written last."""
     held: tuple[Lease, ...] = ()
     """Peers of a history of the store that ended: their subnets are not free."""
+    began: int = 0
+    """Records up to this revision were there when the present history was met: they may be from a backup."""
 
 
 class Store(Protocol):

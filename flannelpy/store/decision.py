@@ -58,20 +58,26 @@ def decide(
         if _pair(lease) == wanted:
             return TakeOver(lease)
     taken = [*listing.taken, *refused]
+    held: list[Pair] = []
     if running:
         former = next((lease for lease in listing.leases.values() if _is_former(lease, running.own)), None)
         if former is not None:
             return TakeOver(former)
-        in_the_way = [lease for lease in mine if overlap(_pair(lease), wanted)]
-        if in_the_way:  # half of a pair that we had once
-            return MakeRoom(tuple(in_the_way))
         # A restored backup may hold an older lease of ours, and SubnetMin may have changed: packets flow by
         # the one that we have now.
-        if not any(overlap(wanted, pair) for pair in taken):
+        pairs = [_pair(lease) for lease in mine]
+        is_free = not any(overlap(wanted, pair) for pair in taken if pair not in pairs)
+        held = [_pair(lease) for lease in running.held]
+        in_the_way = [  # half of a pair that we had once; or we had a subnet that is a held peer's now
+            lease for lease in mine if (is_free and overlap(_pair(lease), wanted)) or _is_held(lease, held)
+        ]
+        if in_the_way:
+            return MakeRoom(tuple(in_the_way))
+        if is_free:
             return Create(*wanted)
-    if fitting:
-        return TakeOver(fitting[0])
-    held = [_pair(lease) for lease in running.held] if running else []
+    free = [lease for lease in fitting if not any(overlap(_pair(lease), pair) for pair in held)]
+    if free:
+        return TakeOver(free[0])
     try:
         return Create(*choose(config, (*taken, *held), previous, random))
     except PoolFull:
@@ -85,10 +91,17 @@ def overlap(one: Pair, other: Pair) -> bool:
     return any(a is not None and b is not None and a.overlaps(b) for a, b in zip(one, other, strict=True))
 
 
+def _is_held(lease: Lease, held: Collection[Pair]) -> bool:
+    return lease.etcd_lease_id != 0 and any(overlap(_pair(lease), pair) for pair in held)
+
+
 def _is_former(lease: Lease, own: Lease) -> bool:
-    """Whether it is our own record from a backup of the time when we had another address: it has our MAC."""
+    """Whether it is our own record of the time when we had another address.
+
+    It is as we wrote it last, or, from an older backup, it has our MAC.
+    """
     data = [(attrs.backend_data, attrs.backend_v6_data) for attrs in (lease.attrs, own.attrs)]
-    return _pair(lease) == _pair(own) and data[0] == data[1] != (None, None)
+    return _pair(lease) == _pair(own) and (lease.attrs == own.attrs or data[0] == data[1] != (None, None))
 
 
 def _pair(lease: Lease) -> Pair:
@@ -100,12 +113,22 @@ def own_leases(listing: Listing, ours: LeaseAttrs) -> list[Lease]:
     return [lease for lease in listing.leases.values() if same_node(lease.attrs, ours)]
 
 
-def stale_leases(config: NetworkConfig, listing: Listing, ours: LeaseAttrs, own: Lease) -> list[Lease]:
-    """Those of our leases that do not fit the config any more; never `own`, the one that was just written."""
+def stale_leases(
+    config: NetworkConfig, listing: Listing, ours: LeaseAttrs, own: Lease, running: Running | None = None
+) -> list[Lease]:
+    """Those of our leases that count no more; never `own`, the one that was just written.
+
+    They do not fit the config, or a backup brought them back: peers would send to where we were then.
+    """
+    began = running.began if running else 0
     return [
         lease
         for lease in own_leases(listing, ours)
-        if lease.key != own.key and not is_compatible(config, lease.subnet, lease.subnet6)
+        if lease.key != own.key
+        and (
+            not is_compatible(config, lease.subnet, lease.subnet6)
+            or (lease.etcd_lease_id != 0 and lease.revision <= began)
+        )
     ]
 
 

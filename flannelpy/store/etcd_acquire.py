@@ -69,7 +69,7 @@ class Acquisition:
                 await quietly(self._records.client.revoke(self._grant))
             raise
         gone = []
-        for lease in stale_leases(self._config, state.listing, self._ours, own):
+        for lease in stale_leases(self._config, state.listing, self._ours, own, self._running):
             if await quietly(self._records.remove(lease)):
                 gone.append(lease.key)
                 await self._records.retire(lease.etcd_lease_id)

@@ -160,7 +160,7 @@ class MemoryStore:
         self.connected = True
         self._random = random or Random(0)  # noqa: S311
         self._on_trouble = on_trouble
-        self._handed: Listing | None = None
+        self._handed: tuple[Listing, Head] | None = None
         self._watching = False
         self.head: Head | None = None
         self._keys: set[str] = set()
@@ -232,10 +232,10 @@ class MemoryStore:
                 break
             if isinstance(decision, Create):
                 refused.append((decision.subnet, decision.subnet6))
-        for lease in stale_leases(config, listing, ours, own):
+        for lease in stale_leases(config, listing, ours, own, running):
             self.data.delete(lease.key)
         if not self._watching:
-            self._handed = self.data.listing()
+            self._handed = self.data.listing(), self.data.head
         return own
 
     def _write(
@@ -271,7 +271,7 @@ class MemoryStore:
 
     async def watch(self) -> AsyncGenerator[LeaseUpdate, None]:
         """See Store. All changes since the last look come as one Delta."""
-        listing, self._handed = self._handed, None
+        handed, self._handed = self._handed, None
         self._watching = True
         listed = False
         watcher = self.data.watcher()
@@ -279,7 +279,8 @@ class MemoryStore:
             while True:
                 watcher.clear()
                 await self._travel()
-                now, head = self.data.head, self.head
+                listing, now = handed or (None, self.data.head)
+                head = self.head
                 new_history = head is not None and now.contradicts(head)
                 if not self.connected or (listed and now == head):
                     await watcher.wait()
@@ -290,8 +291,8 @@ class MemoryStore:
                     self.head = now._replace(revision=listing.revision)
                     self._keys = {*listing.leases, *listing.unreadable}
                     listed = True
+                    handed = None
                     yield listing.snapshot()._replace(new_history=new_history)
-                    listing = None
                 else:
                     self.head = now
                     update = read_changes(self.data.since(head.revision), now.revision, _read)

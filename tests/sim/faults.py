@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 _OURS = ("flannel.1", "flannel-v6.1")
 _ERRNOS = (errno.ENOBUFS, errno.ENOMEM, errno.EBUSY, errno.EPERM, errno.EAGAIN)
-_STRANGE_MAC = b"\x02\xee\xee\xee\xee\x01"
+_STRANGE_MAC = b"\x02\xee\xee\xee\x00"
+"""and the number of the node: two with one MAC would be another story."""
 _STRANGE_IP = b"\xc0\x00\x02\x63"
 _RESYNC_SECONDS = 75.0
 """What was lost without a word is found by the next full comparison, at most this much later."""
@@ -84,7 +85,7 @@ class Faults:
                 kernel.others_put(stranger)
             return
         item = random.choice(ours)
-        altered = None if random.random() < 0.5 else _altered(item, random.randrange(3))
+        altered = None if random.random() < 0.5 else _altered(item, random.randrange(3), member.number)
         self._world.note(f"FAULT {member}: {item} {'removed' if altered is None else f'-> {altered!r}'}")
         if altered is None:
             kernel.others_remove(item)
@@ -292,18 +293,19 @@ def _forgive(member: Member) -> None:
             member.foreign.discard(item)
 
 
-def _altered(item: Item, way: int) -> Item:
+def _altered(item: Item, way: int, number: int) -> Item:
     """The same object with another value."""
+    mac = _STRANGE_MAC + bytes([number])
     match item:
         case Link():
-            changes: tuple[dict[str, Any], ...] = ({"up": False}, {"mtu": 1300}, {"mac": _STRANGE_MAC})
+            changes: tuple[dict[str, Any], ...] = ({"up": False}, {"mtu": 1300}, {"mac": mac})
             return item._replace(**changes[way])
         case DeviceAddress(device=device):
             return DeviceAddress(device, parse_prefix("10.99.0.1/32"))
         case FdbEntry():
             return item._replace(remote=_STRANGE_IP if len(item.remote) == 4 else bytes(15) + b"\x09")
         case Neighbour():
-            return item._replace(mac=_STRANGE_MAC)
+            return item._replace(mac=mac)
         case Tunnel() | Forward():
             raise TypeError(f"{item}: nobody but the daemon changes it")
         case Route():

@@ -1,7 +1,7 @@
 """One machine of a simulated cluster: its kernel, its subnet.env, and the process that runs there or not."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from contextvars import ContextVar
 from random import Random
@@ -28,6 +28,9 @@ from flannelpy.store import Offer, Running
 from flannelpy.store.etcd_codec import Listing
 from flannelpy.store.memory import MemoryData, MemoryStore
 from flannelpy.subnet_env import variables
+
+CONFIRM_SECONDS = 62.0
+"""So long after it met a new history each node has written its record again."""
 
 current = ContextVar("current", default="")
 """Whose code is running, for the log."""
@@ -74,6 +77,9 @@ class SimStore(MemoryStore):
         """Keys of the records in the memory that it began with."""
         self.seen: dict[str, list[LeaseAttrs]] = {}
         """What it was told since, by key."""
+        self.doubts = 0.0
+        """Until when it may take an older record of a new history for one of a backup."""
+        self._last: dict[str, Lease] = {}
         self.began = 0
         """At which revision it met the present history."""
 
@@ -92,8 +98,9 @@ class SimStore(MemoryStore):
 
     def _list(self) -> Listing:
         listing = super()._list()
-        if self.flawed:
-            self.flawed = False
+        flawed, self.flawed = self.flawed, False
+        # What a new history lacks is another story.
+        if flawed and self.head is not None and not self.data.head.contradicts(self.head):
             few = dict(list(listing.leases.items())[: len(listing.leases) // 3])
             listing = listing._replace(leases=few)
         return listing
@@ -119,11 +126,16 @@ class SimStore(MemoryStore):
         if running is not None and seen is not None and self.data.head.contradicts(seen):
             raise StoreError("the store's history is another one than when this was asked", transient=True)
         own = await super().acquire(config, offer, previous, running)
+        taken = self.member.world.taken
         if running is None:
-            self.member.world.taken.pop(self.member, None)  # a start does not count
+            taken.pop(self.member, None)  # a start does not count
         else:
-            self.member.world.taken[self.member] = asyncio.get_running_loop().time() + 0.1
+            taken[self.member] = asyncio.get_running_loop().time() + 0.1
         await self._answer(own)
+        now = asyncio.get_running_loop().time()
+        if running is not None and now > taken[self.member]:  # the clock jumped on the way
+            taken[self.member] = now
+            self.member.world.fault_until(0.0, robbed=self.member)
         return own
 
     async def renew(self, own: Lease) -> Lease | None:
@@ -141,9 +153,20 @@ class SimStore(MemoryStore):
                 if isinstance(update, Snapshot) and update.new_history:
                     self.began = update.revision
                 told = update.leases if isinstance(update, Snapshot) else update.put
+                if isinstance(update, Snapshot) and update.new_history:
+                    self._doubt(told)
                 for lease in told:
+                    self._last[lease.key] = lease
                     self.seen.setdefault(lease.key, []).append(lease.attrs)
                 yield update
+
+    def _doubt(self, told: Iterable[Lease]) -> None:
+        """What was written before it met a history looks like what a backup holds, until it is repeated."""
+        now = asyncio.get_running_loop().time()
+        for lease in told:
+            known = self._last.get(lease.key)
+            if known is not None and known.attrs != lease.attrs and known.revision > lease.revision:
+                self.doubts = now + CONFIRM_SECONDS
 
 
 class Member:

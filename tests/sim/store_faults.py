@@ -99,7 +99,8 @@ class StoreFaults(Faults):
             data.cluster = cluster
         else:
             data.restore(self._backups[-min(age, len(self._backups))])
-        world.note(f"FAULT the store is restored: {sorted(data.records)} at {data.head}")
+        records = [f"{key} = {world.owner(key)} @{one.revision}" for key, one in sorted(data.records.items())]
+        world.note(f"FAULT the store is restored at {data.head}: {', '.join(records)}")
         self._lasting("the store has another history", 0.1, self._set_right_config)
 
     async def _empty(self, _member: Member) -> None:
@@ -291,6 +292,7 @@ class StoreFaults(Faults):
 
         def end() -> None:
             member.clock_error = 0.0
+            member.clock_changes += 1
 
         self._lasting(f"{member}'s wall clock is {hours:+} h off", self._random.choice(_AWAY), end)
 

@@ -4,7 +4,7 @@ import asyncio
 
 from flannelpy.model.config import ConfigError, parse_config
 from flannelpy.model.config_change import compare
-from flannelpy.model.kernel import Link
+from flannelpy.model.kernel import FdbEntry, Item, Link, Neighbour, Route
 from flannelpy.model.lease import Lease, same_node
 from flannelpy.model.plan import Op, Put, Remove
 from flannelpy.store.etcd_codec import Record, read_lease
@@ -34,9 +34,10 @@ class StoreRecords(Records):
 
     def restore(self, backup: MemoryData) -> None:
         world = self.world
-        world.withdrawals.new_history(world.loop.time())
         world.strays += world.leftovers()
         super().restore(backup)
+        world.began = world.loop.time()
+        world.withdrawals.new_history(world.began, self.records)
         self.written = dict.fromkeys(self.records, world.loop.time())  # etcd starts their lives anew
         world.reserved = {key for key, record in self.records.items() if record.etcd_lease_id == 0}
         world.matched = False
@@ -57,6 +58,8 @@ class StoreWorld(World):
         """Keys without an etcd lease: they stay so."""
         self.matched = True
         """Whether the present history ever had a config of the right network."""
+        self.began = 0.0
+        """When it began."""
         self.twins: dict[Member, Member] = {}
         """Clone -> the machine that it is a copy of."""
         self.left: set[Member] = set()
@@ -86,13 +89,19 @@ class StoreWorld(World):
             await member.kill()
 
     async def settle(self) -> None:
-        """Ten seconds after the last fault; a record that is lost again is taken back after a minute."""
+        """Ten seconds after the last fault.
+
+        A record that is lost again is taken back after a minute; who met an older record in a new history
+        knows whether it counts when all have written once more, after a minute, too.
+        """
         self.fault_until(0.0)
         while self.loop.time() < self.calm_at or await self._mend_wrong():  # noqa: ASYNC110  # that moves on
             await asyncio.sleep(self.calm_at - self.loop.time() + 1e-3)
         for member in self.members:
             if member.running and member in self.taken and not self._is_as_written(member):
                 self.calm_at = max(self.calm_at, self.taken[member] + RECLAIM_SECONDS)
+            if member.running and member.store is not None:
+                self.calm_at = max(self.calm_at, member.store.doubts)
         await super().settle()
         await asyncio.sleep(1.0)  # leftovers were deleted: everybody hears of it
         if self.random.random() < 0.6:
@@ -154,10 +163,11 @@ class StoreWorld(World):
     def wrote(self, key: str, before: Record | None) -> None:
         record, now = self.data.records[key], self.loop.time()
         lease, author = read_lease(record), self.author()
-        self.note(f"store: {key} = {self.owner(key)}, by {author or 'an operator'}")
+        self.note(f"store: {key} = {self.owner(key)} @{record.revision}, by {author or 'an operator'}")
         owner = None if before is None else self.owner_of(before)
         if author is None or author in self.twins:
             self.strays.append(lease)
+            self._judge_stranger(key, author)
             if self.owner(key) is not owner:
                 self.withdrawals.taken_away(key)
         if author is None:
@@ -169,6 +179,15 @@ class StoreWorld(World):
         self._judge_write(author, lease, before, now)
         if author not in self.twins:
             self.withdrawals.wrote(author, lease, now)
+
+    def _judge_stranger(self, key: str, author: Member | None) -> None:
+        """A clone, or an operator, writes what its owner did not tell: nobody can know who it is from."""
+        owner = self.owner(key)
+        told = self.withdrawals.told.get(owner) if owner else None
+        if author is not None:
+            self.withdrawals.displaced(self.twins[author])
+        elif owner is not None and told is not None and told.lease.key != key:
+            self.withdrawals.displaced(owner)
 
     def _judge_write(self, author: Member, lease: Lease, before: Record | None, now: float) -> None:
         own = self.withdrawals.told.get(author)
@@ -182,16 +201,26 @@ class StoreWorld(World):
             and author.health.ready
             and self._is_right(author)
         ):
-            key = own.lease.key if own.lease.key in self.data.records else None
-            key = key or checks.overlap(own.lease.key, self.data.records)
-            if key is None or _is_same_machine(read_lease(self.data.records[key]), own.lease):
+            there = [read_lease(record) for record in self.data.records.values()]
+            if not any(
+                (one.key == own.lease.key or checks.overlap(one.key, [own.lease.key]))
+                and not _is_same_machine(one, own.lease)
+                for one in there
+            ):
                 self.violation(f"{author} moves to {lease.key}, but nobody else has {own.lease.key}")
         other = checks.overlap(lease.key, self.data.records)
         if other is not None:
             self.violation(f"two nodes own one subnet: {lease.key} and {other}")
         if lease.etcd_lease_id and lease.key in self.reserved:
             self.violation(f"{author} made a lease of the reservation {lease.key}")
-        if before is None and not self.matched and author.health.ready and self._is_right(author):
+        is_newcomer = own is not None and own.at >= self.began  # it claimed by a config that it had just read
+        if (
+            before is None
+            and not self.matched
+            and not is_newcomer
+            and author.health.ready
+            and self._is_right(author)
+        ):
             self.violation(f"{author} wrote {lease.key} into a history without a config of its network")
         writes = self._writes.setdefault(lease.key, [])
         writes.append(now)
@@ -200,16 +229,31 @@ class StoreWorld(World):
         for peer, told in self.withdrawals.told.items():
             if peer in (author, self.twins.get(author)) or not checks.overlap(lease.key, [told.lease.key]):
                 continue
+            self.withdrawals.displaced(peer)
             knows = any(
-                route.destination in told.lease.subnets() for route in author.kernel.state.routes.values()
+                route.destination in told.lease.subnets() and route.key not in author.foreign.routes
+                for route in author.kernel.state.routes.values()
             )
-            if knows and self._is_alive(peer) and self.withdrawals.is_claimed(told.lease, now):
+            lasts = now - told.at < TTL_SECONDS
+            if knows and lasts and self._is_alive(peer) and self.withdrawals.is_claimed(told.lease, now):
                 self.violation(
                     f"{author} claims {lease.key} although it knows that {peer} has {told.lease.key}"
                 )
 
     def _is_alive(self, member: Member) -> bool:
         return member.running or member not in self.left
+
+    def _is_abandoned(self, member: Member, item: Item) -> bool:
+        """Whether it is for a peer in a network that the node does not run any more."""
+        config = member.config
+        if config is None or not isinstance(item, Route):
+            return False
+        return not any(net and net.contains(item.destination) for net in (config.network, config.network6))
+
+    def _is_inside(self, lease: Lease) -> bool:
+        """Whether it is a lease of our network."""
+        networks = (self.config.network, self.config.network6)
+        return all(any(net and net.contains(subnet) for net in networks) for subnet in lease.subnets())
 
     def _is_right(self, member: Member) -> bool:
         return member.config is not None and not compare(self.config, member.config).pending
@@ -231,7 +275,7 @@ class StoreWorld(World):
             return
         known = [(lease.key, lease.attrs) for lease in memory.peers]
         for peer, (lease, _at, _wall) in self.withdrawals.told.items():
-            if peer is member or (lease.key, lease.attrs) not in known:
+            if peer is member or (lease.key, lease.attrs) not in known or not self._is_inside(lease):
                 continue
             for item in checks.peer_items(member, peer, lease, self.shape, as_told=True):
                 if member.kernel.state.table(item).get(item.key) != item:
@@ -272,6 +316,7 @@ class StoreWorld(World):
             and not isinstance(op.item, Link)
             and store is not None
             and not store.listed
+            and not self._is_abandoned(member, op.item)
         ):
             self.violation(f"{member} did not know the peers yet: {op}")
         if not self._is_right(member):
@@ -281,10 +326,10 @@ class StoreWorld(World):
             return
         peer, lease = harmed
         record = self.data.records.get(lease.key)
-        if isinstance(op, Put) and record is not None and record.revision > lease.revision:
+        is_change = isinstance(op, Put) or isinstance(op.item, FdbEntry | Neighbour)  # the route stays
+        if is_change and record is not None and record.revision > lease.revision:
             return  # restored from a backup with higher revisions: by all that can be known it is newer
-        networks = (self.config.network, self.config.network6)
-        if not all(any(net and net.contains(subnet) for net in networks) for subnet in lease.subnets()):
+        if not self._is_inside(lease):
             return  # that one was
         if (
             self._is_alive(peer)

@@ -4,6 +4,8 @@ A node needs what its own last write to the store says, until an operator or exp
 until another node has claimed its subnet. Whatever else makes a peer remove or redirect it is a mistake.
 """
 
+import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 from flannelpy.model.kernel import DeviceAddress, Link
@@ -38,11 +40,15 @@ class Withdrawals:
         """Keys whose records were truly deleted, or overwritten, in the present history,"""
         self._back: dict[str, float] = {}
         """and when that was over."""
+        self._displaced: dict[Member, float] = {}
+        """Until when nobody can know where a node is: another machine has its address, or its subnet."""
 
     def wrote(self, member: Member, lease: Lease, now: float) -> None:
         """A node wrote its record."""
         self.told[member] = Told(lease, now, member.wall_clock())
         self.ever.setdefault(member, []).append(lease)
+        if member in self._displaced:
+            self._displaced[member] = min(self._displaced[member], now + _LAG_SECONDS)
         if lease.key in self._gone:
             self._gone.discard(lease.key)
             self._back[lease.key] = now
@@ -51,8 +57,15 @@ class Withdrawals:
         """A record was deleted, has expired, or is another node's now."""
         self._gone.add(key)
 
-    def new_history(self, now: float) -> None:
-        """What was deleted before says nothing any more."""
+    def displaced(self, member: Member) -> None:
+        """Another machine wrote with its address, or into its subnet, until it writes itself again."""
+        self._displaced[member] = math.inf
+
+    def new_history(self, now: float, records: Collection[str]) -> None:
+        """What was deleted before says nothing any more; what a backup has in a node's place does."""
+        for member, told in self.told.items():
+            if told.lease.key not in records and checks.overlap(told.lease.key, records):
+                self.displaced(member)
         self._back.update(dict.fromkeys(self._gone, now))
         self._gone.clear()
 
@@ -68,10 +81,19 @@ class Withdrawals:
         for peer, (lease, at, _wall) in self.told.items():
             if peer is me or now - at > self._ttl or not _knows(me, lease, op):
                 continue
+            if now < self._displaced.get(peer, 0.0) or self._is_in_our_place(me, lease):
+                continue
             needed = any(was == item for item in checks.peer_items(me, peer, lease, shape, as_told=True))
             if needed and self.is_claimed(lease, now):
                 return peer, lease
         return None
+
+    def _is_in_our_place(self, me: Member, lease: Lease) -> bool:
+        """Whether it took our own subnet while we had no record: there is no way to it before we move."""
+        own = self.told.get(me)
+        if own is None:
+            return False
+        return lease.key == own.lease.key or checks.overlap(lease.key, [own.lease.key]) is not None
 
 
 def _knows(me: Member, lease: Lease, op: Op) -> bool:

@@ -266,6 +266,21 @@ def test_a_new_history_is_written_to_only_with_our_config(caplog: pytest.LogCapt
     assert caplog.text.count("not written into the store's new history yet") == 3
 
 
+def test_in_a_new_history_a_record_that_is_as_we_wrote_it_is_written_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Peers may know somebody else's, of the history that ended, and take ours for older."""
+    monkeypatch.setattr(module, "_REPEAT_SECONDS", (0.05, 0.1))
+
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        assert claim.own is not None
+        claim.notice(Snapshot((claim.own,), 50, new_history=True))
+        await until(lambda: store.renewed == 2)
+        assert (store.acquired, moved) == (1, [])
+
+    run(test)
+
+
 def test_a_lease_from_memory_is_written_as_soon_as_the_store_answers() -> None:
     async def main() -> None:
         store, moved = ScriptedStore(), list[Lease]()

@@ -163,3 +163,28 @@ def test_an_event_reads_no_table() -> None:
         assert kernel.asked == 0
 
     run(test)
+
+
+def test_a_machine_that_was_paused_in_the_middle_of_a_pass_does_not_rest_for_as_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(node: Reconciler, kernel: SulkyKernel) -> None:
+        loop = asyncio.get_running_loop()
+        time = loop.time
+        monkeypatch.setattr(kernel, "observe", lambda scope: _paused(monkeypatch, loop, time, scope, kernel))
+        node.offer(Snapshot((OWN, PEER), 10))
+        await node.first_pass_done.wait()
+        assert node._not_before <= loop.time() + 8.0
+
+    run(test)
+
+
+def _paused(
+    monkeypatch: pytest.MonkeyPatch,
+    loop: asyncio.AbstractEventLoop,
+    time: Callable[[], float],
+    scope: Scope,
+    kernel: SulkyKernel,
+) -> State:
+    monkeypatch.setattr(loop, "time", lambda: time() + 3600.0)
+    return FakeKernel.observe(kernel, scope)

@@ -4,11 +4,13 @@ from flannelpy.model.lease import Delta, Lease, Snapshot
 from flannelpy.model.leases import Leases
 from tests.builders import lease
 
-OWN = lease("10.5.1.0/24", "192.0.2.1", created=100)
+OWN = lease("10.5.1.0/24", "192.0.2.1", mac="02:00:00:00:00:01", created=100)
 
 
 def peer(number: int, *, public_ip: int = 0, revision: int = 50) -> Lease:
-    return lease(f"10.5.{number}.0/24", f"192.0.2.{public_ip or number}", created=revision)
+    address = public_ip or number
+    mac = f"02:00:00:00:00:{address:02x}"
+    return lease(f"10.5.{number}.0/24", f"192.0.2.{address}", mac=mac, created=revision)
 
 
 PEERS = tuple(peer(number) for number in range(2, 7))
@@ -66,12 +68,39 @@ def test_a_held_peer_gives_way_to_who_lives() -> None:
     told = leases.after(Delta((moved,), (), 11), OWN)
     assert isinstance(told, Delta)
     assert told.gone == (PEERS[0].key,), "the same node with another subnet"
-    part = lease("10.5.3.128/25", "192.0.2.99", created=12)
+    part = lease("10.5.3.128/25", "192.0.2.99", mac="02:00:00:00:00:99", created=12)
     told = leases.after(Delta((part,), (), 12), OWN)
     assert isinstance(told, Delta)
     assert told.gone == (PEERS[1].key,), "another node with a part of its subnet"
     assert set(leases.held) == {one.key for one in PEERS[2:]}
     assert {moved.key, part.key} <= set(leases.known)
+
+
+def test_a_node_that_comes_back_as_it_was_is_in_one_place_only() -> None:
+    """It may have had another subnet, or another address, before: a copy on disk still knows."""
+    subnet = peer(60, public_ip=2)
+    address = peer(61)._replace(attrs=PEERS[0].attrs._replace(public_ip=bytes((192, 0, 2, 61))))
+    leases = Leases([subnet, address, *PEERS], (), 0)
+    leases.after(Snapshot((), 10, new_history=True), OWN)
+    assert {subnet.key, address.key, PEERS[0].key} <= leases.held.keys()
+    told = leases.after(Delta((PEERS[0]._replace(revision=11),), (), 11), OWN)
+    assert isinstance(told, Delta)
+    assert {*told.gone} == {subnet.key, address.key}
+    assert set(leases.known) == {one.key for one in PEERS}
+
+
+def test_from_memory_the_address_that_the_store_tells_counts() -> None:
+    moved = peer(60)._replace(attrs=PEERS[0].attrs._replace(public_ip=bytes((192, 0, 2, 60))))
+    leases = Leases(PEERS, (), 0)
+    leases.after(Snapshot((moved,), 10, new_history=True), OWN)
+    assert PEERS[0].key not in leases.held
+    assert PEERS[1].key in leases.held
+
+
+def test_a_record_of_equal_revision_that_differs_is_from_a_backup() -> None:
+    other = peer(3, public_ip=77)
+    leases, _known = restored(other)
+    assert leases.known[other.key].attrs == PEERS[1].attrs
 
 
 def test_what_came_and_went_between_two_looks_is_gone() -> None:

@@ -8,7 +8,8 @@ from flannelpy.model.address import parse_v4, parse_v6
 from flannelpy.model.config import parse_config
 from flannelpy.model.lease import LeaseAttrs, same_node
 from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
-from flannelpy.store.decision import Create, MakeRoom, TakeOver, decide, has_rival
+from flannelpy.store import Running
+from flannelpy.store.decision import Create, MakeRoom, TakeOver, decide, has_rival, stale_leases
 from flannelpy.store.etcd_codec import Listing, Record, read_listing
 
 SMALL = parse_config('{"Network":"10.5.0.0/22","SubnetMin":"10.5.1.0","SubnetMax":"10.5.2.0"}')
@@ -82,3 +83,42 @@ def test_the_older_of_two_that_overlap_wins() -> None:
     assert has_rival(table, younger)
     assert not has_rival(table, older)
     assert not has_rival(table, apart)
+
+
+def test_a_running_node_knows_its_record_by_what_it_wrote_last() -> None:
+    """Restored after our address changed, without a MAC to tell it by (host-gw): it is ours all the same."""
+    table = listing(_10_5_1_0_24=ME, _10_5_2_0_24=OTHER)
+    own = table.leases["10.5.1.0-24"]
+    moved = node("192.0.2.77")
+    found = decide(SMALL, table, moved, Previous(), [], Random(1), Running(own))
+    assert found == TakeOver(own)
+
+
+def test_a_running_node_does_not_go_back_to_a_subnet_that_a_held_peer_has() -> None:
+    table = listing(_10_5_1_0_24=OTHER, _10_5_2_0_24=ME)
+    before, ours = table.leases["10.5.1.0-24"], table.leases["10.5.2.0-24"]
+    own = before._replace(attrs=ME)  # another node has our subnet now, and we had that one's once
+    held = ours._replace(attrs=node("192.0.2.3"))
+    assert decide(SMALL, table, ME, Previous(), [], Random(1), Running(own)) == TakeOver(ours)
+    assert decide(SMALL, table, ME, Previous(), [], Random(1), Running(own, (held,))) == MakeRoom((ours,))
+
+
+def test_a_claim_whose_answer_got_lost_is_kept_when_there_is_no_way_back() -> None:
+    pairs = {
+        "10.5.1.0-24&fd00:5:0:2::-64": OTHER,  # has half of the pair that we had
+        "10.5.2.0-24&fd00:5:0:1::-64": ME,  # ours since, with the other half
+    }
+    table = read_listing(
+        [Record(key, encode_attrs(attrs).encode(), 5, 5, 5) for key, attrs in pairs.items()], 100
+    )
+    other, ours = table.leases.values()
+    own = ours._replace(subnet=other.subnet)
+    dual = parse_config('{"Network":"10.5.0.0/22","EnableIPv6":true,"IPv6Network":"fd00:5::/48"}')
+    assert decide(dual, table, ME, Previous(), [], Random(1), Running(own)) == TakeOver(ours)
+
+
+def test_what_a_backup_brought_back_of_ours_is_removed() -> None:
+    table = listing(_10_5_1_0_24=ME, _10_5_2_0_24=ME)
+    old, own = table.leases.values()
+    assert stale_leases(SMALL, table, ME, own) == []
+    assert stale_leases(SMALL, table, ME, own, Running(own, (), old.revision)) == [old]
