@@ -45,8 +45,10 @@ class Telling(NamedTuple):
 
     moved: Callable[[Lease], None]
     """Our lease became another one, or tells something else."""
+    asking: Callable[[], None]
+    """Our record may be written from now on,"""
     written: Callable[[Lease], None]
-    """Our record was written, and lives for a whole TTL from now."""
+    """and it was: it lives for a whole TTL since then, however long the answer took."""
 
 
 class Claim:
@@ -134,7 +136,7 @@ class Claim:
                 # Its revisions cannot be compared with ours. Restored as we wrote it, the record is ours.
                 self._lost = theirs != own
                 self._began = update.revision
-                self._confirm()
+                self.confirm()
         elif own.key in update.gone and update.revision > own.revision:
             self._lost = True
         # Our own writes come back, too, perhaps before their answer: `keep` compares again.
@@ -142,11 +144,12 @@ class Claim:
         if self._is_changed():
             self._wake.set()
 
-    def _confirm(self) -> None:
+    def confirm(self) -> None:
         """Write our record again in a while, whatever becomes of it now.
 
-        Peers may know a newer one from the history that ended, by somebody who took our subnet there; what
-        is written after they met the new history is what they believe. Not all at once: there are thousands.
+        Peers may know another one from a history that ended, by somebody who took our subnet there, or by us
+        under another address. What is written after they met the new history is what they believe. Not all
+        at once: there are thousands.
         """
         now = asyncio.get_running_loop().time()
         self._repeats = [now + seconds * self._random.uniform(0.5, 1.0) for seconds in _REPEAT_SECONDS]
@@ -354,6 +357,7 @@ class Claim:
         delay, longest = _RETRY_SECONDS
         said = ""
         while True:
+            self._telling.asking()
             try:
                 return await call()
             except StoreError as error:

@@ -16,7 +16,8 @@ from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot
 from flannelpy.model.leases import Leases
 from flannelpy.model.subnet import is_compatible
 from flannelpy.state_file import Memory, Origin
-from flannelpy.store import TTL_SECONDS, Head, Store
+from flannelpy.store import TTL_SECONDS, Head, Mark, Store
+from flannelpy.store.seen import mark_of
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ class Knowledge:
         self._expires = 0.0 if memory is None else memory.expires
         """When the store forgets our record unless it is written again; 0 = it was not written yet."""
         health.lease_expires = self._expires
+        self._asked = 0.0
         if memory is not None:
-            store.remember(memory.head, self._leases.known.keys())
+            store.remember(memory.head, _marks(memory))
 
     # --- leases ------------------------------------------------------------------------------------------
 
@@ -106,9 +108,13 @@ class Knowledge:
 
     # --- the copy ----------------------------------------------------------------------------------------
 
+    def asking(self) -> None:
+        """Our record may be written from now on."""
+        self._asked = self._wall_clock()
+
     def written(self, own: Lease) -> None:
-        """Our record was written: it lives for a whole TTL from now."""
-        self._expires = self._health.lease_expires = self._wall_clock() + TTL_SECONDS
+        """It was: it lives for a whole TTL since then."""
+        self._expires = self._health.lease_expires = self._asked + TTL_SECONDS
         self._dirty.set()
         if self._saved is not None and self._saved.key != own.key:
             self._urgent.set()
@@ -195,3 +201,11 @@ class Knowledge:
             log.info("the network config is the running one again")
         else:
             log.warning("%s; the running one stays until a restart", reason)
+
+
+def _marks(memory: Memory) -> dict[str, Mark | None]:
+    """The records that the store had. Of our own it is not known who wrote it last."""
+    marks: dict[str, Mark | None] = {lease.key: mark_of(lease) for lease in memory.peers}
+    marks.update((one.lease.key, None) for one in memory.held if one.stale)
+    marks[memory.own.key] = None
+    return marks

@@ -142,7 +142,7 @@ class Node:
             parts.random,
             parts.health,
             parts.us._replace(uplink=_shown(self._facts.uplink)),
-            Telling(self._moved, self._knowledge.written),
+            Telling(self._moved, self._knowledge.asking, self._knowledge.written),
             self._knowledge.held,
         )
         self._reconciler: Reconciler | None = None
@@ -239,7 +239,10 @@ class Node:
         """(our lease, whether it is from memory because the store does not answer)."""
         memory = self._parts.memory
         if memory is None or not self._is_usable(memory):
-            return await self._claim.take(), False
+            own = await self._claim.take()
+            if memory is not None and (own.key, own.attrs) != (memory.own.key, memory.own.attrs):
+                self._claim.confirm()
+            return own, False
         with suppress(TimeoutError):
             async with asyncio.timeout(0 if self._parts.store_is_silent else PATIENCE_SECONDS):
                 return await self._claim.take(), False

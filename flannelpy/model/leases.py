@@ -33,6 +33,8 @@ class Leases:
         """The new history's revision when we met it: what was written later is by somebody alive."""
         self._held_by: dict[bytes | str, list[str]] = {}
         """What tells a machine -> keys that were held when the hold began: a few may have come back since."""
+        self._rivals: set[str] = set()
+        """Held keys with an address that another one has, too: they were known at different times."""
         self._index_held()
         self._withheld: dict[str, Lease] = {}
         """The older records of the new history in whose place peers are held."""
@@ -87,13 +89,13 @@ class Leases:
         self._index_held()
 
     def _index_held(self) -> None:
-        self._held_by = {}
+        self._held_by, self._rivals = {}, _rivals(self.held)
         for key, held in self.held.items():
             for mark in _marks(held.lease.attrs):
                 self._held_by.setdefault(mark, []).append(key)
 
     def _after_delta(self, update: Delta) -> Delta:
-        news = [lease for lease in update.put if self._is_news(lease)]
+        news = [lease for lease in update.put if self._is_news(lease) or lease.key in self._rivals]
         told = [*(lease.key for lease in update.put), *update.gone]
         self._release(told)
         moved = list(dict.fromkeys(key for lease in update.put for key in self._other_places(lease)))
@@ -180,6 +182,18 @@ def _ids(attrs: LeaseAttrs) -> list[str]:
     parts = [data for data in (attrs.backend_data, attrs.backend_v6_data) if isinstance(data, dict)]
     found = [part.get(name) for part in parts for name in ("VtepMAC", "PublicKey")]
     return [one for one in found if isinstance(one, str) and one]
+
+
+def _rivals(held: Mapping[str, Held]) -> set[str]:
+    """The keys of which another one has an address, too."""
+    spans = sorted((*span, key) for key, one in held.items() for span in one.lease.spans())
+    found = set()
+    reach: tuple[int, int, str] = (0, 0, "")
+    for bits, first, last, key in spans:
+        if (bits, first) <= reach[:2] and key != reach[2]:
+            found |= {key, reach[2]}
+        reach = max(reach, (bits, last, key))
+    return found
 
 
 def _overlapped(leases: Iterable[Lease], held: Mapping[str, Held]) -> list[str]:

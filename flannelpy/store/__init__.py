@@ -1,7 +1,7 @@
 """Where leases live: the protocol that etcd, Kubernetes and the memory store share."""
 
 import os
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 from flannelpy.model.config import NetworkConfig
@@ -35,6 +35,18 @@ class Head(NamedTuple):
         return self.cluster != seen.cluster or self.revision < seen.revision or self.term < seen.term
 
 
+class Mark(NamedTuple):
+    """One version of a record. etcd gives no two of its leases one id."""
+
+    created: int
+    revision: int
+    etcd_lease_id: int
+
+
+Marks: TypeAlias = Mapping[str, Mark | None]
+"""Key -> the version that was seen; None = one that is not known exactly."""
+
+
 class Running(NamedTuple):
     """What a running node goes on with although the store may have no record of it."""
 
@@ -60,10 +72,12 @@ class Store(Protocol):
         """The text of the network config: now, then whenever it changes; None while there is none."""
         ...
 
-    head: Head | None
-    """How far into which history the watch has seen."""
+    @property
+    def head(self) -> Head | None:
+        """How far into which history the watch has seen."""
+        ...
 
-    def remember(self, head: Head, keys: Collection[str]) -> None:
+    def remember(self, head: Head, marks: Marks) -> None:
         """What an earlier life of this node had seen, for the first Snapshot to be compared with."""
         ...
 

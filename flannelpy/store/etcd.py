@@ -7,7 +7,7 @@ reservation that an operator made; it stays one.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from functools import partial
 from random import Random, SystemRandom
@@ -16,7 +16,7 @@ from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot
 from flannelpy.model.subnet import Previous, encode_attrs
-from flannelpy.store import TTL_SECONDS, Head, Offer, Running
+from flannelpy.store import TTL_SECONDS, Head, Marks, Offer, Running
 from flannelpy.store import etcd_pb2 as pb
 from flannelpy.store.decision import lacks_most
 from flannelpy.store.etcd_acquire import Acquisition
@@ -24,9 +24,12 @@ from flannelpy.store.etcd_client import EtcdClient, OutcomeUnknownError
 from flannelpy.store.etcd_codec import changes_of, read_changes
 from flannelpy.store.etcd_records import EtcdRecords, State, head_of, quietly
 from flannelpy.store.etcd_retry import Retry
+from flannelpy.store.seen import Seen
 
 _SECOND_LOOK_SECONDS = 1.0
 """Before a listing without most of the peers is believed it is read again."""
+_REPEAT_SECONDS = 5.0
+"""A watch that resumes gets the last change that was seen at once; after so long all records are read."""
 
 
 class EtcdStore:
@@ -53,9 +56,8 @@ class EtcdStore:
         self._records = EtcdRecords(client, prefix, ttl)
         self._handed: State | None = None
         self._watching = False
-        self.head: Head | None = None
-        self._keys: set[str] = set()
-        """The records that the watch has told about, to see what a new listing lacks."""
+        self._seen = Seen()
+        """What the watch has told about."""
         self._doubtful: set[int] = set()
         self.config_place = f"{prefix}/config in etcd ({client.place})"
 
@@ -63,6 +65,11 @@ class EtcdStore:
     def requests(self) -> Counter[str]:
         """How many requests of each kind were sent."""
         return self._client.requests
+
+    @property
+    def head(self) -> Head | None:
+        """See Store."""
+        return self._seen.head
 
     async def close(self) -> None:
         """Close the client."""
@@ -100,15 +107,15 @@ class EtcdStore:
                 for event in response.events[-1:]:
                     yield None if event.type == pb.Event.DELETE else _text(event.kv.value)
 
-    def remember(self, head: Head, keys: Collection[str]) -> None:
+    def remember(self, head: Head, marks: Marks) -> None:
         """See Store."""
-        self.head, self._keys = head, set(keys)
+        self._seen.remember(head, marks)
 
     async def acquire(
         self, config: NetworkConfig, offer: Offer, previous: Previous, running: Running | None = None
     ) -> Lease:
         """Claim a subnet; see Store. A `watch` that follows begins with the listing that was made for it."""
-        seen = self.head if self._watching else None
+        seen = self._seen.copy() if self._watching else None
         acquisition = Acquisition(self._records, config, offer, previous, self._random, running, seen)
         own, state = await acquisition.run()
         if not self._watching:
@@ -178,27 +185,37 @@ class EtcdStore:
         retry = Retry(self._random, partial(self._report, "leases"))
         state, self._handed = self._handed, None
         self._watching = True
-        listed = False
+        listed = resumes = False
         while True:
             try:
                 if not listed:
                     state = state or await self._records.read_all()
                     yield self._told(await self._confirmed(state))
                     listed, state = True, None
-                async with aclosing(self._follow(retry)) as updates:
+                async with aclosing(self._follow(retry, resumes=resumes)) as updates:
                     async for update in updates:
                         yield update
+                resumes = False
             except StoreError as error:
+                resumes = listed
                 await retry.failed(str(error))
 
-    async def _follow(self, retry: Retry) -> AsyncGenerator[LeaseUpdate, None]:
-        """Each update from the head on; ends with a Snapshot if deltas were lost."""
-        head = self.head
+    async def _follow(self, retry: Retry, *, resumes: bool) -> AsyncGenerator[LeaseUpdate, None]:
+        """Each update from the head on; ends with a Snapshot if deltas were lost, or belong elsewhere.
+
+        A watch that resumes begins with the last change that was seen: if that does not come back, or others
+        beside it, this is another history, whatever its revision.
+        """
+        seen = self._seen
+        head = seen.head
         assert head is not None  # noqa: S101  # there was a listing
-        watch = self._client.watch(self._records.first, self._records.end, head.revision + 1)
+        repeats = resumes and seen.last > 0
+        start = seen.last if repeats else head.revision + 1
+        watch = self._client.watch(self._records.first, self._records.end, start)
         async with aclosing(watch) as responses:
-            async for response in responses:
-                if response.compact_revision:
+            while True:
+                response = await _next(responses, _REPEAT_SECONDS if repeats else None)
+                if response is None or response.compact_revision:
                     yield self._told(await self._confirmed(await self._records.read_all()))
                     return
                 if response.created:
@@ -206,31 +223,36 @@ class EtcdStore:
                     # A watch from a revision that this history has not reached would be deaf, and not say so.
                     if head_of(response.header).contradicts(head):
                         state = await self._records.read_all()
-                        if state.head.contradicts(head):
+                        if seen.is_contradicted(state.listing, state.head):
                             yield self._told(state)
                             return
                     yield Delta((), (), head.revision)
                     continue
-                head = self.head = _advanced(head, response)
                 changes = changes_of(response.events, len(self._records.first))
-                update = read_changes(changes, head.revision)
-                self._keys.update(lease.key for lease in update.put)
-                self._keys.difference_update(update.gone)
+                again = [change for change in changes if change[1].revision <= head.revision]
+                is_another = repeats and bool(changes) and not seen.begins_with(changes[0])
+                if is_another or (repeats and not changes) or not seen.explains(again):
+                    yield self._told(await self._records.read_all(), is_another=is_another)
+                    return
+                repeats = False
+                head = _advanced(head, response)
+                update = read_changes(changes[len(again) :], head.revision)
+                seen.take_changes(update, head, changes[-1][1].revision if changes else 0)
                 yield update
 
     async def _confirmed(self, state: State) -> State:
         """A listing, read again if it lacks so much that a mistake is likely."""
-        is_same_history = self.head is not None and not state.head.contradicts(self.head)
-        if is_same_history and lacks_most(self._keys, state.listing):
+        seen = self._seen
+        is_same_history = seen.head is not None and not seen.is_contradicted(state.listing, state.head)
+        if is_same_history and lacks_most(seen.marks, state.listing):
             await asyncio.sleep(_SECOND_LOOK_SECONDS)
             return await self._records.read_all()
         return state
 
-    def _told(self, state: State) -> Snapshot:
+    def _told(self, state: State, *, is_another: bool = False) -> Snapshot:
         """The listing for the world; from here on it is what we have seen."""
-        new_history = self.head is not None and state.head.contradicts(self.head)
-        self.head = state.head
-        self._keys = {*state.listing.leases, *state.listing.unreadable}
+        new_history = is_another or self._seen.is_contradicted(state.listing, state.head)
+        self._seen.take_listing(state.listing, state.head)
         return state.listing.snapshot()._replace(new_history=new_history)
 
     def _report(self, watch: str, reason: str | None) -> None:
@@ -248,6 +270,17 @@ def clean_prefix(prefix: str) -> str:
     """The prefix as flannel uses it: no slash at the end, none doubled."""
     parts = [part for part in prefix.split("/") if part]
     return "/" * prefix.startswith("/") + "/".join(parts) if parts else ""
+
+
+async def _next(
+    responses: AsyncGenerator[pb.WatchResponse, None], seconds: float | None
+) -> pb.WatchResponse | None:
+    """The next response; None if there is none within this time."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await anext(responses)
+    except TimeoutError:
+        return None
 
 
 def _text(value: bytes) -> str:

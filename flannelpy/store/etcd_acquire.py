@@ -11,7 +11,7 @@ from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseAttrs
 from flannelpy.model.subnet import PoolFull, Previous
-from flannelpy.store import Head, Offer, Running
+from flannelpy.store import Offer, Running
 from flannelpy.store.decision import (
     Create,
     MakeRoom,
@@ -25,6 +25,7 @@ from flannelpy.store.decision import (
 )
 from flannelpy.store.etcd_client import OutcomeUnknownError
 from flannelpy.store.etcd_records import EtcdRecords, State, quietly, with_changes
+from flannelpy.store.seen import Seen
 
 _MAX_UNKNOWN = 3
 """How often a write whose answer got lost is followed up before the caller is told."""
@@ -45,7 +46,7 @@ class Acquisition:
         previous: Previous,
         random: Random,
         running: Running | None,
-        seen: Head | None,
+        seen: Seen | None,
     ) -> None:
         self._records = records
         self._config = config
@@ -80,7 +81,7 @@ class Acquisition:
     async def _claim(self) -> tuple[Lease, Lease | None, State]:
         """(our lease, the lease that it replaces, all leases)."""
         state = await self._records.read_all()
-        if self._seen is not None and state.head.contradicts(self._seen):
+        if self._seen is not None and self._seen.is_contradicted(state.listing, state.head):
             raise StoreError("etcd's history is another one: the peers are compared first", transient=True)
         unknown = 0
         while True:

@@ -5,7 +5,7 @@ simulation steps time and calls `expire`.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import lru_cache
 from random import Random
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
 from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
-from flannelpy.store import Head, Offer, Running
+from flannelpy.store import Head, Marks, Offer, Running
 from flannelpy.store.decision import (
     Create,
     MakeRoom,
@@ -28,6 +28,7 @@ from flannelpy.store.decision import (
     stale_leases,
 )
 from flannelpy.store.etcd_codec import Listing, Record, read_changes, read_lease, read_listing, shown_key
+from flannelpy.store.seen import Seen
 
 # Each of n nodes reads each of n records.
 _read = lru_cache(maxsize=1 << 16)(read_lease)
@@ -47,6 +48,8 @@ class MemoryData:
         self.records: dict[str, Record] = {}
         self.cluster = 1
         self.revision = 1
+        self.restored = 0
+        """How often; connections are lost then."""
         self.signatures: dict[str, str] = {}
         self.compacted = 0
         """Changes up to this revision cannot be watched any more."""
@@ -112,6 +115,7 @@ class MemoryData:
         self.cluster += 1
         self.config, self.records = backup.config, dict(backup.records)
         self.revision = self.compacted = backup.revision + 1
+        self.restored += 1
         self._changes.clear()
         self.signatures.clear()
         self.wake()
@@ -162,8 +166,13 @@ class MemoryStore:
         self._on_trouble = on_trouble
         self._handed: tuple[Listing, Head] | None = None
         self._watching = False
-        self.head: Head | None = None
-        self._keys: set[str] = set()
+        self._seen = Seen()
+        self._restored = data.restored
+
+    @property
+    def head(self) -> Head | None:
+        """See Store."""
+        return self._seen.head
 
     def connect(self, *, connected: bool) -> None:
         """Cut this node off from the store, or heal it: watches then go on where they were."""
@@ -191,9 +200,10 @@ class MemoryStore:
         finally:
             self.data.forget(watcher)
 
-    def remember(self, head: Head, keys: Collection[str]) -> None:
+    def remember(self, head: Head, marks: Marks) -> None:
         """See Store."""
-        self.head, self._keys = head, set(keys)
+        self._seen.remember(head, marks)
+        self._restored = -1  # perhaps, since then
 
     async def sign(self, own: Lease, identity: str) -> None:
         """See Store."""
@@ -212,7 +222,7 @@ class MemoryStore:
         refused: list[Pair] = []
         while True:
             self._check()
-            if self._watching and self.head is not None and self.data.head.contradicts(self.head):
+            if self._watching and self._is_another():
                 raise StoreError(
                     "the store's history is another one: the peers are compared first", transient=True
                 )
@@ -281,26 +291,32 @@ class MemoryStore:
                 await self._travel()
                 listing, now = handed or (None, self.data.head)
                 head = self.head
-                new_history = head is not None and now.contradicts(head)
-                if not self.connected or (listed and now == head):
+                new_history = head is not None and self._is_another()
+                if not self.connected or (listed and now == head and not new_history):
                     await watcher.wait()
                 elif not listed or head is None or new_history or head.revision < self.data.compacted:
                     listing = listing or self._list()
-                    if not new_history and lacks_most(self._keys, listing):
+                    if not new_history and lacks_most(self._seen.marks, listing):
                         listing = self._list()  # a second look
-                    self.head = now._replace(revision=listing.revision)
-                    self._keys = {*listing.leases, *listing.unreadable}
+                    self._seen.take_listing(listing, now._replace(revision=listing.revision))
+                    self._restored = self.data.restored
                     listed = True
                     handed = None
                     yield listing.snapshot()._replace(new_history=new_history)
                 else:
-                    self.head = now
+                    self._restored = self.data.restored
                     update = read_changes(self.data.since(head.revision), now.revision, _read)
-                    self._keys.update(lease.key for lease in update.put)
-                    self._keys.difference_update(update.gone)
+                    self._seen.take_changes(update, now)
                     yield update
         finally:
             self.data.forget(watcher)
+
+    def _is_another(self) -> bool:
+        """Whether the history is another one. Only a connection that was lost is a reason to compare all."""
+        seen, now = self._seen, self.data.head
+        if seen.head is None or (self._restored == self.data.restored and not now.contradicts(seen.head)):
+            return False
+        return seen.is_contradicted(self.data.listing(), now)
 
     async def _travel(self) -> None:
         """The way of the news to this node: what is read after it is delivered at once."""

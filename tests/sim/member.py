@@ -81,7 +81,9 @@ class SimStore(MemoryStore):
         """Until when it may take an older record of a new history for one of a backup."""
         self._last: dict[str, Lease] = {}
         self.began = 0
-        """At which revision it met the present history."""
+        """At which revision it met the present history,"""
+        self.met = 0.0
+        """and when; one that is as it was meets nobody."""
 
     async def _trip(self) -> None:
         random = self.member.world.random
@@ -100,7 +102,7 @@ class SimStore(MemoryStore):
         listing = super()._list()
         flawed, self.flawed = self.flawed, False
         # What a new history lacks is another story.
-        if flawed and self.head is not None and not self.data.head.contradicts(self.head):
+        if flawed and self.head is not None and not self._is_another():
             few = dict(list(listing.leases.items())[: len(listing.leases) // 3])
             listing = listing._replace(leases=few)
         return listing
@@ -121,9 +123,9 @@ class SimStore(MemoryStore):
     async def acquire(
         self, config: NetworkConfig, offer: Offer, previous: Previous, running: Running | None = None
     ) -> Lease:
-        seen = self.head
+        seen = self._seen.copy()
         await self._trip()
-        if running is not None and seen is not None and self.data.head.contradicts(seen):
+        if running is not None and seen.is_contradicted(self.data.listing(), self.data.head):
             raise StoreError("the store's history is another one than when this was asked", transient=True)
         own = await super().acquire(config, offer, previous, running)
         taken = self.member.world.taken
@@ -151,7 +153,7 @@ class SimStore(MemoryStore):
                 self.spoke = True
                 self.listed = self.listed or isinstance(update, Snapshot)
                 if isinstance(update, Snapshot) and update.new_history:
-                    self.began = update.revision
+                    self.began, self.met = update.revision, asyncio.get_running_loop().time()
                 told = update.leases if isinstance(update, Snapshot) else update.put
                 if isinstance(update, Snapshot) and update.new_history:
                     self._doubt(told)
@@ -165,7 +167,7 @@ class SimStore(MemoryStore):
         now = asyncio.get_running_loop().time()
         for lease in told:
             known = self._last.get(lease.key)
-            if known is not None and known.attrs != lease.attrs and known.revision > lease.revision:
+            if known is not None and known.attrs != lease.attrs and known.revision >= lease.revision:
                 self.doubts = now + CONFIRM_SECONDS
 
 

@@ -14,7 +14,16 @@ from tests.sim import checks
 from tests.sim.member import Member, current
 from tests.sim.store_faults import StoreFaults
 from tests.sim.withdrawals import Withdrawals
-from tests.sim.world import RECLAIM_SECONDS, TTL_SECONDS, Outcome, Records, World, furnish, outcome_of
+from tests.sim.world import (
+    RECLAIM_SECONDS,
+    SETTLED_SECONDS,
+    TTL_SECONDS,
+    Outcome,
+    Records,
+    World,
+    furnish,
+    outcome_of,
+)
 
 LIFE_SECONDS = 600.0
 _FIGHT, _FIGHT_SECONDS = 8, 10.0
@@ -97,15 +106,18 @@ class StoreWorld(World):
         self.fault_until(0.0)
         while self.loop.time() < self.calm_at or await self._mend_wrong():  # noqa: ASYNC110  # that moves on
             await asyncio.sleep(self.calm_at - self.loop.time() + 1e-3)
+        await super().settle()
+        await asyncio.sleep(1.0)  # leftovers were deleted: everybody hears of it
+        if self.random.random() < 0.6:
+            self.store_faults.back_up()
+
+    def is_to_wait(self) -> bool:
         for member in self.members:
             if member.running and member in self.taken and not self._is_as_written(member):
                 self.calm_at = max(self.calm_at, self.taken[member] + RECLAIM_SECONDS)
             if member.running and member.store is not None:
                 self.calm_at = max(self.calm_at, member.store.doubts)
-        await super().settle()
-        await asyncio.sleep(1.0)  # leftovers were deleted: everybody hears of it
-        if self.random.random() < 0.6:
-            self.store_faults.back_up()
+        return self.loop.time() < self.calm_at + SETTLED_SECONDS
 
     async def _mend_wrong(self) -> bool:
         """An operator restarts who was started with the config of another network."""
@@ -214,10 +226,13 @@ class StoreWorld(World):
         if lease.etcd_lease_id and lease.key in self.reserved:
             self.violation(f"{author} made a lease of the reservation {lease.key}")
         is_newcomer = own is not None and own.at >= self.began  # it claimed by a config that it had just read
+        store = author.store
         if (
             before is None
             and not self.matched
             and not is_newcomer
+            and store is not None
+            and store.met >= self.began
             and author.health.ready
             and self._is_right(author)
         ):
@@ -303,7 +318,7 @@ class StoreWorld(World):
         told = self.withdrawals.told.get(self.twins.get(member, member))
         if told is None or member.store is None or member.store.spoke or member in self.twins:
             return
-        if member.wall_clock() > told.wall + TTL_SECONDS + 1.0:
+        if min(self.loop.time() - told.at, member.wall_clock() - told.wall) > TTL_SECONDS + 1.0:
             self.violation(f"{member} uses a lease that has expired: {variables(member.env)}")
         if member.memory and member.memory.own.key != told.lease.key and told.at < member.died - 0.2:
             self.violation(f"{member} uses {member.memory.own.key}, but has moved to {told.lease.key}")

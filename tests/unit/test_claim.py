@@ -1,7 +1,7 @@
 """Holding a claim: echoes of our own writes, losses, other histories, a store that refuses for good."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from random import Random
 
 import pytest
@@ -15,7 +15,7 @@ from flannelpy.model.config import NetworkConfig
 from flannelpy.model.identity import Identity
 from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot
 from flannelpy.model.subnet import Previous
-from flannelpy.store import Head, Offer, Running
+from flannelpy.store import Head, Marks, Offer, Running
 from tests.builders import config, lease
 
 OWN = lease("10.5.1.0/24", "192.0.2.1", mac="02:00:00:00:00:01")
@@ -42,7 +42,7 @@ class ScriptedStore:
         self.running: Running | None = None
         self.health = Health()
 
-    def remember(self, head: Head, keys: Collection[str]) -> None:
+    def remember(self, head: Head, marks: Marks) -> None:
         raise NotImplementedError
 
     async def sign(self, own: Lease, identity: str) -> None:
@@ -89,7 +89,7 @@ class ScriptedStore:
 
 
 def claim_on(store: ScriptedStore, moved: list[Lease]) -> Claim:
-    telling = Telling(moved.append, store.written.append)
+    telling = Telling(moved.append, lambda: None, store.written.append)
     return Claim(
         store, config(), lambda _r, _o: OWN.attrs, Previous(), 60, Random(1), store.health, US, telling
     )

@@ -89,6 +89,19 @@ def test_a_node_that_comes_back_as_it_was_is_in_one_place_only() -> None:
     assert set(leases.known) == {one.key for one in PEERS}
 
 
+def test_a_node_that_comes_back_takes_its_subnet_from_whoever_had_half_of_its_pair() -> None:
+    now, then = (
+        lease("10.5.2.0/24", f"192.0.2.{host}", mac=f"02:00:00:00:00:0{host}", mac6=f"02:00:00:00:06:0{host}",
+              subnet6=f"fd00:5:0:{host}::/64", public_ipv6=f"2001:db8::{host}")
+        for host in (2, 3)
+    )  # fmt: skip
+    leases = Leases([now, then, *PEERS[2:]], (), 0)
+    leases.after(Snapshot((), 10, new_history=True), OWN)
+    told = leases.after(Delta((now._replace(revision=11),), (), 11), OWN)
+    assert isinstance(told, Delta)
+    assert told.gone == (then.key,)
+
+
 def test_from_memory_the_address_that_the_store_tells_counts() -> None:
     moved = peer(60)._replace(attrs=PEERS[0].attrs._replace(public_ip=bytes((192, 0, 2, 60))))
     leases = Leases(PEERS, (), 0)
