@@ -40,6 +40,10 @@ class _Change(NamedTuple):
     record: Record
 
 
+def _shown(change: _Change) -> tuple[bool, Record]:
+    return change.deleted, change.record._replace(revision=change.revision)
+
+
 class MemoryData:
     """What all nodes of a simulated network share."""
 
@@ -54,6 +58,8 @@ class MemoryData:
         self.compacted = 0
         """Changes up to this revision cannot be watched any more."""
         self._changes: list[_Change] = []
+        self._log: list[_Change] = []
+        """All changes of this history, those of the backup that it began with included."""
         self._lease_ids = 0
         self._wakers: dict[asyncio.Event, None] = {}
         """In order: a simulation must be the same every time."""
@@ -71,8 +77,7 @@ class MemoryData:
         created = self.revision if old is None else old.created
         shown = shown_key(key.encode())
         self.records[key] = Record(shown, value, created, self.revision, etcd_lease_id)
-        self._changes.append(_Change(self.revision, deleted=False, record=self.records[key]))
-        self.wake()
+        self._note(_Change(self.revision, deleted=False, record=self.records[key]))
         return self.revision
 
     def delete(self, key: str) -> None:
@@ -80,8 +85,12 @@ class MemoryData:
         record = self.records.pop(key, None)
         if record is not None:
             self.revision += 1
-            self._changes.append(_Change(self.revision, deleted=True, record=record))
-            self.wake()
+            self._note(_Change(self.revision, deleted=True, record=record))
+
+    def _note(self, change: _Change) -> None:
+        self._changes.append(change)
+        self._log.append(change)
+        self.wake()
 
     def grant(self) -> int:
         """A new etcd lease id."""
@@ -108,6 +117,7 @@ class MemoryData:
         """A copy of the records as they are."""
         copy = MemoryData(self.config)
         copy.records, copy.revision = dict(self.records), self.revision
+        copy._log = list(self._log)
         return copy
 
     def restore(self, backup: "MemoryData") -> None:
@@ -115,6 +125,7 @@ class MemoryData:
         self.cluster += 1
         self.config, self.records = backup.config, dict(backup.records)
         self.revision = self.compacted = backup.revision + 1
+        self._log = list(backup._log)  # noqa: SLF001  # it is one of us
         self.restored += 1
         self._changes.clear()
         self.signatures.clear()
@@ -126,7 +137,11 @@ class MemoryData:
         start = len(self._changes)
         while start and self._changes[start - 1].revision > revision:
             start -= 1
-        return ((change.deleted, change.record) for change in self._changes[start:])
+        return map(_shown, self._changes[start:])
+
+    def between(self, first: int, last: int) -> list[tuple[bool, Record]]:
+        """The same from one revision to another, of what was compacted too."""
+        return [_shown(change) for change in self._log if first <= change.revision <= last]
 
     def listing(self) -> Listing:
         """All records, in the order of their keys."""
@@ -291,10 +306,10 @@ class MemoryStore:
                 await self._travel()
                 listing, now = handed or (None, self.data.head)
                 head = self.head
-                new_history = head is not None and self._is_another()
-                if not self.connected or (listed and now == head and not new_history):
+                doubtful, new_history = self._doubts()
+                if not self.connected or (listed and now == head and not doubtful):
                     await watcher.wait()
-                elif not listed or head is None or new_history or head.revision < self.data.compacted:
+                elif not listed or head is None or doubtful or head.revision < self.data.compacted:
                     listing = listing or self._list()
                     if not new_history and lacks_most(self._seen.marks, listing):
                         listing = self._list()  # a second look
@@ -305,18 +320,31 @@ class MemoryStore:
                     yield listing.snapshot()._replace(new_history=new_history)
                 else:
                     self._restored = self.data.restored
-                    update = read_changes(self.data.since(head.revision), now.revision, _read)
-                    self._seen.take_changes(update, now)
+                    changes = list(self.data.since(head.revision))
+                    update = read_changes(changes, now.revision, _read)
+                    last = max((record.revision for _deleted, record in changes), default=0)
+                    self._seen.take_changes(update, now, last)
                     yield update
         finally:
             self.data.forget(watcher)
 
     def _is_another(self) -> bool:
-        """Whether the history is another one. Only a connection that was lost is a reason to compare all."""
+        """Whether the history is another one."""
+        return self._doubts() == (True, True)
+
+    def _doubts(self) -> tuple[bool, bool]:
+        """(whether all records must be read again, whether the history is another one).
+
+        What a connection that was lost is a reason to look at.
+        """
         seen, now = self._seen, self.data.head
         if seen.head is None or (self._restored == self.data.restored and not now.contradicts(seen.head)):
-            return False
-        return seen.is_contradicted(self.data.listing(), now)
+            return False, False
+        again = self.data.between(seen.last, seen.head.revision)
+        if seen.last and (not again or not seen.begins_with(again[0])):
+            return True, True
+        is_another = seen.is_contradicted(self.data.listing(), now)
+        return is_another or not seen.explains(again), is_another
 
     async def _travel(self) -> None:
         """The way of the news to this node: what is read after it is delivered at once."""

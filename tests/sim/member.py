@@ -29,8 +29,8 @@ from flannelpy.store.etcd_codec import Listing
 from flannelpy.store.memory import MemoryData, MemoryStore
 from flannelpy.subnet_env import variables
 
-CONFIRM_SECONDS = 62.0
-"""So long after it met a new history each node has written its record again."""
+CONFIRM_SECONDS, CONFIRM_LATE_SECONDS = 62.0, 602.0
+"""So long after they met a new history the nodes have written their records again: once, and twice."""
 
 current = ContextVar("current", default="")
 """Whose code is running, for the log."""
@@ -48,6 +48,7 @@ class Cluster(Protocol):
 
     random: Random
     taken: "dict[Member, float]"
+    began: float
 
     def note(self, text: str) -> None: ...
     def fault_until(self, seconds: float, *, robbed: "Member | None" = None) -> None: ...
@@ -168,7 +169,8 @@ class SimStore(MemoryStore):
         for lease in told:
             known = self._last.get(lease.key)
             if known is not None and known.attrs != lease.attrs and known.revision >= lease.revision:
-                self.doubts = now + CONFIRM_SECONDS
+                is_late = now > self.member.world.began + CONFIRM_SECONDS / 3
+                self.doubts = now + (CONFIRM_LATE_SECONDS if is_late else CONFIRM_SECONDS)
 
 
 class Member:

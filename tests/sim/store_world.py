@@ -67,8 +67,6 @@ class StoreWorld(World):
         """Keys without an etcd lease: they stay so."""
         self.matched = True
         """Whether the present history ever had a config of the right network."""
-        self.began = 0.0
-        """When it began."""
         self.twins: dict[Member, Member] = {}
         """Clone -> the machine that it is a copy of."""
         self.left: set[Member] = set()

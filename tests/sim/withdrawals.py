@@ -90,10 +90,9 @@ class Withdrawals:
 
     def _is_in_our_place(self, me: Member, lease: Lease) -> bool:
         """Whether it took our own subnet while we had no record: there is no way to it before we move."""
-        own = self.told.get(me)
-        if own is None:
-            return False
-        return lease.key == own.lease.key or checks.overlap(lease.key, [own.lease.key]) is not None
+        return any(  # the answer to what it wrote last may still be on its way
+            lease.key == own.key or checks.overlap(lease.key, [own.key]) for own in self.ever.get(me, ())[-2:]
+        )
 
 
 def _knows(me: Member, lease: Lease, op: Op) -> bool:

@@ -86,6 +86,8 @@ class World:
         self.owners: dict[Address, Member] = {}
         self.taken: dict[Member, float] = {}
         """When each last took its lease back."""
+        self.began = 0.0
+        """When the store's present history began."""
         self.calm_at = 0.0
         self.shape, text = self.random.choice(_SHAPES)
         last = min(250, nodes * 2 + 12)
