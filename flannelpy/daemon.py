@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
@@ -191,6 +191,7 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             save=partial(start.save, settings),
             write_subnet_env=partial(_write_subnet_env, settings.subnet_file),
             firewall=rules,
+            turn_rules=partial(_rules_as_asked, settings, ()),
             traffic=traffic,
             blackhole=settings.ip_blackhole_route,
             peer_filter=_peer_filter(settings, config, stack),
@@ -224,21 +225,40 @@ async def _firewall(
     Forward rules are on by default, and flannel goes on without the program that sets them. So do we, and
     say it; what was asked for by name is worth an error.
     """
-    wishes = Wishes(
-        settings.ip_masq, settings.iptables_forward_rules, not settings.ip_masq_fully_random_disable
-    )
-    enabled = [bits for bits, on in ((32, config.enable_ipv4), (128, config.enable_ipv6)) if on]
     before = [bits for bits, known in ((32, previous.network), (128, previous.network6)) if known]
-    make = partial(firewall, use_nftables=config.enable_nftables, resync=settings.iptables_resync)
     try:
-        return wishes, await make(enabled if wishes.masquerade or wishes.forward else (), before)
+        return await _rules_as_asked(settings, before, config)
     except KernelError as error:
         asked = settings.ip_masq or settings.sources["iptables-forward-rules"] != DEFAULT
         if asked:
             raise
         health.rules_absent = f"no forward rules: {error}"
         log.warning("%s; or set --iptables-forward-rules=false", health.rules_absent)
-        return wishes._replace(forward=False), await make((), before)
+        rules = await firewall(
+            (), before, use_nftables=config.enable_nftables, resync=settings.iptables_resync
+        )
+        return _wishes(settings)._replace(forward=False), rules
+
+
+def _wishes(settings: Settings) -> Wishes:
+    return Wishes(
+        settings.ip_masq, settings.iptables_forward_rules, not settings.ip_masq_fully_random_disable
+    )
+
+
+async def _rules_as_asked(
+    settings: Settings, before: Sequence[int], config: NetworkConfig, former: Firewall | None = None
+) -> tuple[Wishes, Firewall]:
+    """The same without a second thought; `former` is the firewall whose place this takes."""
+    wishes = _wishes(settings)
+    enabled = [bits for bits, on in ((32, config.enable_ipv4), (128, config.enable_ipv6)) if on]
+    return wishes, await firewall(
+        enabled if wishes.masquerade or wishes.forward else (),
+        before,
+        use_nftables=config.enable_nftables,
+        resync=settings.iptables_resync,
+        former=former,
+    )
 
 
 def _peer_filter(settings: Settings, config: NetworkConfig, stack: AsyncExitStack) -> PeerFilterTable | None:

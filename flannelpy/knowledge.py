@@ -16,8 +16,7 @@ from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot
 from flannelpy.model.leases import Leases
 from flannelpy.model.subnet import is_compatible
 from flannelpy.state_file import Memory, Origin
-from flannelpy.store import TTL_SECONDS, Head, Mark, Store
-from flannelpy.store.seen import mark_of
+from flannelpy.store import TTL_SECONDS, Head, Mark, Store, mark_of
 
 log = logging.getLogger(__name__)
 
@@ -177,13 +176,13 @@ class Knowledge:
         except (ConfigError, LookupError) as error:
             self._say_pending(f"the network config at {place} is not usable: {error}")
             return
-        live, harmless, pending = compare(self._config, new)
+        live, pending = compare(self._config, new)
         other = f"the network config at {place} is another one"
         if pending:
-            self._say_pending(f"{other}: {'; '.join((*pending, *harmless, *live))}")
+            self._say_pending(f"{other}: {'; '.join((*pending, *live))}")
             return
         self._config, self._config_text = with_live_part(self._config, new), text
-        self._say_pending(f"{other}: {'; '.join(harmless)}" if harmless else None)
+        self._say_pending(None)
         if live:
             log.warning("the network config changed: %s; applied", "; ".join(live))
             self._applied(self._config)

@@ -6,8 +6,9 @@ Everything that touches the outside comes in from `daemon.py`, so a simulation c
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Container, Mapping, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from random import Random
 from typing import NamedTuple, Protocol
 
@@ -102,6 +103,8 @@ class Parts(NamedTuple):
     write_subnet_env: Callable[[str], None]
     firewall: Firewall | None
     """Where masquerade and forward rules are kept; None = nowhere."""
+    turn_rules: Callable[[NetworkConfig, Firewall], Awaitable[tuple[Wishes, Firewall]]]
+    """Makes what takes its place when EnableNFTables changes. May raise KernelError."""
     traffic: Wishes
     blackhole: bool
     """Keep a blackhole route to our own subnet."""
@@ -148,6 +151,8 @@ class Node:
         self._reconciler: Reconciler | None = None
         self._rules: Rules | None = None
         self._strangers: Strangers | None = None
+        self._traffic = parts.traffic
+        self._enable_nftables = parts.config.enable_nftables
         self._env = ""
         self._looking_again = False
         self._hold: asyncio.TimerHandle | None = None
@@ -429,6 +434,14 @@ class Node:
 
     def _config_applied(self, config: NetworkConfig) -> None:
         self._claim.use(config)
+        if self._rules is not None and config.enable_nftables != self._enable_nftables:
+            self._enable_nftables = config.enable_nftables
+            self._rules.turn(partial(self._other_rules, config))
+
+    async def _other_rules(self, config: NetworkConfig, former: Firewall) -> Firewall:
+        self._traffic, firewall = await self._parts.turn_rules(config, former)
+        self._parts.health.rules_absent = None
+        return firewall
 
     # --- outcomes ----------------------------------------------------------------------------------------
 
@@ -443,7 +456,7 @@ class Node:
             self._write_subnet_env(own)
 
     def _decide_rules(self, own: Lease) -> RuleSet:
-        return rules(self._parts.config, own, self._parts.traffic)
+        return rules(self._parts.config, own, self._traffic)
 
     def _write_subnet_env(self, own: Lease) -> None:
         parts = self._parts

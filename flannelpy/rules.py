@@ -8,9 +8,9 @@ route shall wait for it.
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from flannelpy.errors import KernelError
 from flannelpy.health import Health
@@ -52,6 +52,10 @@ class Firewall(Protocol):
         ...
 
 
+Turn: TypeAlias = Callable[[Firewall], Awaitable[Firewall]]
+"""Makes the firewall that takes the place of this one. May raise KernelError."""
+
+
 class _Cause(NamedTuple):
     words: str
     since: float
@@ -67,6 +71,7 @@ class Rules:
     ) -> None:
         self._firewall = firewall
         self._decide = decide
+        self._own = own
         self._wanted = decide(own)
         self._health = health
         self._cause: _Cause | None = None
@@ -75,12 +80,19 @@ class Rules:
         self._retry = 0.0
         self._in_vain = 0.0
         self._said: str | None = None
+        self._other: Turn | None = None
+        """The way to keep the rules that was asked for, as long as it is not taken."""
 
     def move(self, own: Lease, then: Callable[[], None]) -> None:
         """Our lease changed; `then` is called when the rules for it stand."""
-        self._wanted = self._decide(own)
+        self._own, self._wanted = own, self._decide(own)
         self._then.append(then)
         self._wake("our lease changed", drift=False)
+
+    def turn(self, to: Turn) -> None:
+        """Keep the rules another way: the new ones stand before the old ones go."""
+        self._other = to
+        self._wake("EnableNFTables changed", drift=False)
 
     async def prepare(self) -> None:
         """Return when the rules stand for the first time; a failure is said, and tried again."""
@@ -123,9 +135,10 @@ class Rules:
         cause = self._cause or _Cause("trying again", now, drift=False)
         self._cause = None
         self._woken.clear()
-        then, wanted = len(self._then), self._wanted
+        then = len(self._then)
+        refusal = await self._turn()
         try:
-            words = await self._firewall.keep(wanted)
+            words = await self._firewall.keep(self._wanted)
         except (KernelError, OSError) as error:
             self._failed(str(error))
             self._cause = cause  # what began it is what is told
@@ -133,12 +146,32 @@ class Rules:
         self._tell(words, cause)
         first, longest = _IN_VAIN
         self._in_vain = 0.0 if words else min(longest, self._in_vain * 2 or first)
+        if refusal is not None:
+            self._failed(refusal)
+            return False
         self._retry = 0.0
         self._trouble(self._firewall.trouble)
         done, self._then = self._then[:then], self._then[then:]
         for call in done:
             call()
         return True
+
+    async def _turn(self) -> str | None:
+        """Take the other way if it was asked for; why it cannot be taken, and then all stays as it is."""
+        to = self._other
+        if to is None:
+            return None
+        try:
+            other = await to(self._firewall)
+            wanted = self._decide(self._own)
+            words = await other.keep(wanted)
+        except (KernelError, OSError) as error:
+            return f"as EnableNFTables asks for it now: {error}; they stay as they are"
+        self._firewall, self._wanted = other, wanted
+        if self._other is to:
+            self._other = None
+        self._tell(words, _Cause("EnableNFTables changed", 0.0, drift=False))
+        return None
 
     def _tell(self, words: list[str], cause: _Cause) -> None:
         if not words:

@@ -25,9 +25,12 @@ _LEGACY_SECONDS = 60.0
 
 
 class Firewall:
-    """What both ways share: nf_tables, if the kernel has it, and the news from there."""
+    """What both ways share: nf_tables, if the kernel has it, and the news from there.
 
-    def __init__(self) -> None:
+    One that takes the place of a `former` goes on with its sockets: `close` either of the two.
+    """
+
+    def __init__(self, former: "Firewall | None" = None) -> None:
         self.trouble: str | None = None
         """Why packets may be dropped although all our rules stand; None = no reason is known."""
         self.period = math.inf
@@ -37,6 +40,9 @@ class Firewall:
         self._legacy_seen: object = None
         self._legacy_trouble: str | None = None
         self._legacy_at = 0.0
+        if former is not None:
+            self._nftables, self._monitor = former._nftables, former._monitor  # noqa: SLF001
+            return
         with suppress(OSError):
             self._nftables = Nftables()
             self._monitor = NftMonitor(self._nftables.port)
@@ -110,8 +116,8 @@ class Firewall:
 class NftFirewall(Firewall):
     """Everything by netlink. KernelError if the kernel has no nf_tables and it is `needed`."""
 
-    def __init__(self, *, needed: bool) -> None:
-        super().__init__()
+    def __init__(self, *, needed: bool, former: Firewall | None = None) -> None:
+        super().__init__(former)
         if needed and (self._nftables is None or not self._nftables.works()):
             raise KernelError(
                 'the kernel has no nf_tables, which "EnableNFTables":true in the network config asks for:'
@@ -130,8 +136,8 @@ class IptablesFirewall(Firewall):
     `resync` is the time between looks, in seconds, where the kernel does not announce changes.
     """
 
-    def __init__(self, programs: dict[int, Program], resync: float) -> None:
-        super().__init__()
+    def __init__(self, programs: dict[int, Program], resync: float, former: Firewall | None = None) -> None:
+        super().__init__(former)
         self._programs = dict(programs)
         self._clean: dict[tuple[int, str], object] = {}
         """(Bits, table) -> what was wanted and the fingerprint of what stood, when last it was right."""
@@ -176,14 +182,20 @@ class IptablesFirewall(Firewall):
 
 
 async def firewall(
-    families: Collection[int], before: Collection[int], *, use_nftables: bool, resync: float
+    families: Collection[int],
+    before: Collection[int],
+    *,
+    use_nftables: bool,
+    resync: float,
+    former: Firewall | None = None,
 ) -> Firewall:
     """The firewall for these families (32, 128; none = only clean up); KernelError if it lacks something.
 
     `before` are families that may have rules from an earlier run: they are cleaned, and need nothing.
+    `former` is the one whose place this takes; its rules go when those of this one stand.
     """
     if use_nftables or not families:
-        return NftFirewall(needed=bool(families))
+        return NftFirewall(needed=bool(families), former=former)
     programs = {}
     for bits in (32, 128):
         if bits in families:
@@ -191,7 +203,7 @@ async def firewall(
         elif bits in before:
             with suppress(KernelError):
                 programs[bits] = await iptables.find(bits)
-    return IptablesFirewall(programs, resync)
+    return IptablesFirewall(programs, resync, former)
 
 
 async def remove_all(*, remove: bool) -> list[str]:

@@ -23,10 +23,8 @@ KEYS = {
     "backend": "Backend",
 }
 """Field of NetworkConfig -> the key that a user reads and writes."""
-LIVE = frozenset(("subnet_min", "subnet_max", "subnet6_min", "subnet6_max"))
-"""Which of them apply at once: where new subnets are chosen from."""
-_HARMLESS = frozenset(("enable_nftables",))
-"""Which wait for a restart, and describe the same network all the same."""
+LIVE = frozenset(("subnet_min", "subnet_max", "subnet6_min", "subnet6_max", "enable_nftables"))
+"""Which of them apply at once: where new subnets are chosen from, and how the rules are kept."""
 
 
 class ConfigChange(NamedTuple):
@@ -34,8 +32,6 @@ class ConfigChange(NamedTuple):
 
     live: tuple[str, ...]
     """What a running daemon takes over."""
-    harmless: tuple[str, ...]
-    """What waits for its restart, and disturbs nothing then."""
     pending: tuple[str, ...]
     """What waits for its restart, and disturbs traffic then."""
 
@@ -43,15 +39,14 @@ class ConfigChange(NamedTuple):
 def compare(running: NetworkConfig, new: NetworkConfig) -> ConfigChange:
     """What has changed. With nothing pending the two describe the same network."""
     live: list[str] = []
-    harmless: list[str] = []
     pending: list[str] = []
     for field, key in KEYS.items():
         before, after = getattr(running, field), getattr(new, field)
         if before == after or (field == "backend" and running.backend_type != new.backend_type):
             continue
-        kind = live if field in LIVE else harmless if field in _HARMLESS else pending
+        kind = live if field in LIVE else pending
         kind.append(f"{key} from {_shown(before)} to {_shown(after)}")
-    return ConfigChange(tuple(live), tuple(harmless), tuple(pending))
+    return ConfigChange(tuple(live), tuple(pending))
 
 
 def with_live_part(running: NetworkConfig, new: NetworkConfig) -> NetworkConfig:

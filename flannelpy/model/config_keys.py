@@ -61,7 +61,7 @@ KEYS = (
     Key("IPv6SubnetMax", "the last IPv6 subnet that a node may get", "the last of IPv6Network", "live",
         _NEXT),
     Key("EnableNFTables", "whether traffic rules are made with nftables instead of iptables", "false",
-        "restart", "each node makes its rules the other way when its daemon is restarted"),
+        "live", "each node makes its rules the other way at once; no packet goes without them"),
     Key("Backend.Type", "how packets get from node to node", "udp if there is no Backend", "restart", _APART),
 )
 BACKEND_KEYS: Mapping[str, tuple[Key, ...]] = {

@@ -43,6 +43,11 @@ class Mark(NamedTuple):
     etcd_lease_id: int
 
 
+def mark_of(lease: Lease) -> Mark:
+    """Which version of a record this is."""
+    return Mark(lease.created, lease.revision, lease.etcd_lease_id)
+
+
 Marks: TypeAlias = Mapping[str, Mark | None]
 """Key -> the version that was seen; None = one that is not known exactly."""
 

@@ -7,8 +7,8 @@ written before the point that we have seen is exactly the record that we know.
 
 from collections.abc import Sequence
 
-from flannelpy.model.lease import Delta, Lease
-from flannelpy.store import Head, Mark, Marks
+from flannelpy.model.lease import Delta
+from flannelpy.store import Head, Mark, Marks, mark_of
 from flannelpy.store.etcd_codec import Listing, Record
 
 _NEVER = Mark(0, 0, 0)
@@ -103,11 +103,6 @@ class Seen:
             if known != (_NEVER if deleted else mark_of_record(record)):
                 return False
         return True
-
-
-def mark_of(lease: Lease) -> Mark:
-    """Which version of a record this is."""
-    return Mark(lease.created, lease.revision, lease.etcd_lease_id)
 
 
 def mark_of_record(record: Record) -> Mark:

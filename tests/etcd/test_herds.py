@@ -17,13 +17,14 @@ from flannelpy.backend import load
 from flannelpy.health import Health
 from flannelpy.kernel.fake import FakeKernel
 from flannelpy.model.address import parse_prefix
-from flannelpy.model.config import parse_config
+from flannelpy.model.config import NetworkConfig, parse_config
 from flannelpy.model.identity import Identity
 from flannelpy.model.lease import Delta
 from flannelpy.model.subnet import Previous, encode_attrs
 from flannelpy.model.traffic import Wishes
 from flannelpy.model.uplink import Interface, InterfaceAddress, Wish
 from flannelpy.node import Node, Parts
+from flannelpy.rules import Firewall
 from flannelpy.state_file import Origin
 from flannelpy.store import TTL_SECONDS
 from flannelpy.store import etcd_pb2 as pb
@@ -43,6 +44,10 @@ AT_START = {"range": 3, "grant": 1, "txn": 2, "watch": 2}
 RENEWAL = {"grant": 1, "txn": 2, "ttl": 1, "revoke": 1}
 MARGIN = 60
 """Minutes, the default of --subnet-lease-renew-margin."""
+
+
+async def _no_rules(_config: NetworkConfig, _former: Firewall) -> tuple[Wishes, Firewall]:
+    raise NotImplementedError
 
 
 class Machine:
@@ -76,6 +81,7 @@ class Machine:
             save=lambda _memory: None,
             write_subnet_env=lambda _text: None,
             firewall=None,
+            turn_rules=_no_rules,
             traffic=Wishes(masquerade=False, forward=False),
             blackhole=False,
             peer_filter=None,

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.netns.nodes import reach
 from tests.netns.rules_lab import (
     ALL,
     MODES,
+    Listener,
     cluster,
     config,
     listener,
@@ -255,6 +257,14 @@ def test_another_table_that_drops_is_named(make_lab: Callable[..., Lab]) -> None
 
 # --- restarts, moves, leftovers ---
 
+HIDDEN = """
+import flannelpy.kernel.iptables, sys
+flannelpy.kernel.iptables._which = lambda name: None
+from flannelpy.__main__ import main
+sys.exit(main())
+"""
+"""A daemon on a host without iptables."""
+
 
 @every_mode
 def test_no_packet_goes_without_its_rule_over_restarts(make_lab: Callable[..., Lab], mode: str) -> None:
@@ -273,6 +283,63 @@ def test_no_packet_goes_without_its_rule_over_restarts(make_lab: Callable[..., L
         sources = heard.heard()
         assert len(sources) > 100
         assert set(sources.values()) == {str(one.address)}
+
+
+@pytest.mark.parametrize("other", [mode for mode in MODES if mode != "nftables"])
+def test_another_mode_while_packets_flow(make_lab: Callable[..., Lab], other: str) -> None:
+    """There and back, with a policy that drops what no rule of ours accepts: not one packet is lost."""
+    lab = make_lab(ipv6=True)
+    lab.start_etcd()
+    lab.put_config(config(other))
+    node = lab.add_node()
+    daemon = start(lab, node, other)
+    wait_ready([daemon])
+    lab.add_pod(node)
+    env = node.subnet_env()
+    if other == "iptables-nft":  # what legacy drops no rule in nftables can save
+        run(tool(other, 32), "-P", "FORWARD", "DROP", netns=node.netns)
+    with listener(lab, lab.underlay, OUTSIDE) as (heard, port):
+        script = f"i=0; while :; do i=$((i+1)); printf w$i >/dev/udp/{OUTSIDE}/{port}; sleep 0.002; done"
+        lab.start("flow", node.pods[0].netns, ["bash", "-c", script])
+        wait_until(heard.heard, "packets")
+        for mode, away in (("nftables", other), (other, "nftables")) * 2:
+            lab.put_config(config(mode))
+            wait_until(partial(_is_moved, node, away, mode), f"rules in {mode} only", 5)
+            wait_until(partial(_has_more, heard, len(heard.heard()) + 50), "more packets", 5)
+        found = heard.heard()
+    numbers = sorted(int(word[1:]) for word in found)
+    assert numbers == list(range(numbers[0], numbers[-1] + 1)), "packets were lost"
+    assert set(found.values()) == {str(node.address)}
+    assert node.subnet_env() == env
+    log = daemon.log.read_text()
+    assert log.count("EnableNFTables from") == 4
+    assert "restart" not in log.replace("restart Docker", "")
+    assert log.count(" ready: ") == 1
+
+
+def _has_more(heard: Listener, packets: int) -> bool:
+    return len(heard.heard()) > packets
+
+
+def _is_moved(node: Node, away: str, here: str) -> bool:
+    """Two accepts may stay in FORWARD of iptables-nft, where it drops."""
+    left = listing(node, away)
+    return "FLANNEL-" not in left and "flannel-ipv" not in left and listing(node, here) != ""
+
+
+def test_a_mode_that_the_host_lacks_leaves_the_rules_as_they_are(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(ipv6=True)
+    lab.start_etcd()
+    lab.put_config(config("nftables"))
+    node = lab.add_node()
+    daemon = lab.start_daemon(node, (sys.executable, "-c", HIDDEN), flags=ALL)
+    wait_ready([daemon])
+    whole = listing(node, "nftables")
+    lab.put_config(config("iptables-nft"))
+    wait_until(lambda: "they stay as they are" in daemon.log.read_text(), "the reason", 5)
+    assert listing(node, "nftables") == whole
+    lab.put_config(config("nftables"))
+    wait_until(lambda: "the rules are well again" in daemon.log.read_text(), "the end of it", 10)
 
 
 @every_mode
@@ -349,13 +416,7 @@ def test_a_missing_program_matters_only_where_it_is_needed(make_lab: Callable[..
     lab.start_etcd()
     lab.put_config({**config("nftables"), "EnableIPv6": False})
     node = lab.add_node()
-    hidden = """
-import flannelpy.kernel.iptables, sys
-flannelpy.kernel.iptables._which = lambda name: None
-from flannelpy.__main__ import main
-sys.exit(main())
-"""
-    command = (sys.executable, "-c", hidden)
+    command = (sys.executable, "-c", HIDDEN)
     wait_ready([lab.start_daemon(node, command, flags=ALL)])
     assert node.daemon is not None
     stop([node.daemon])
@@ -367,7 +428,7 @@ sys.exit(main())
     assert '"EnableNFTables":true' in last
     # Forward rules that nobody asked for by name are no reason to stay without a network.
     by_default = "sys.argv.remove('--iptables-forward-rules=false')\nsys.exit"
-    code = hidden.replace("sys.exit", by_default)
+    code = HIDDEN.replace("sys.exit", by_default)
     wait_ready([lab.start_daemon(node, (sys.executable, "-c", code))])
     assert "no forward rules: iptables is not installed" in node.daemon.log.read_text()
 

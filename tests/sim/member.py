@@ -22,6 +22,7 @@ from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import Wishes
 from flannelpy.model.uplink import Interface, InterfaceAddress, Wish
 from flannelpy.node import Node, Parts
+from flannelpy.rules import Firewall
 from flannelpy.start import learn_network
 from flannelpy.state_file import Memory, Origin
 from flannelpy.store import Offer, Running
@@ -297,6 +298,7 @@ class Member:
             save=self._remember,
             write_subnet_env=self._write_env,
             firewall=None,
+            turn_rules=_no_rules,
             traffic=Wishes(masquerade=False, forward=False),
             blackhole=False,
             peer_filter=None,
@@ -365,6 +367,10 @@ class Member:
 
     def address(self, bits: int) -> Address:
         return next(own.prefix.address for own in self.uplink().addresses if own.prefix.bits == bits)
+
+
+async def _no_rules(_config: NetworkConfig, _former: Firewall) -> tuple[Wishes, Firewall]:
+    raise NotImplementedError
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

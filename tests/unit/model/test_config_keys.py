@@ -45,7 +45,7 @@ def test_the_defaults_of_vxlan_are_those_of_the_backend() -> None:
         ({"SubnetLen": 24}, []),
         ({"network": "10.5.0.0/16"}, []),
         ({"SubnetMax": "10.5.99.0"}, [("SubnetMax", "10.5.255.0", "10.5.99.0", "live")]),
-        ({"EnableNFTables": True}, [("EnableNFTables", "false", "true", "restart")]),
+        ({"EnableNFTables": True}, [("EnableNFTables", "false", "true", "live")]),
         (
             {"SubnetLen": 25},
             [
