@@ -2,7 +2,8 @@
 # Makes this clone ready to use: Debian's programs that are missing, and a virtual environment from the lock.
 #
 #   scripts/install.sh               what `make install` runs; a second run has nothing to do and says so
-#   MACHINES=1 scripts/install.sh    with what makes and boots the hosts of `make test-system`
+#   HOSTS=containers scripts/install.sh    with what makes and boots the hosts of tests/system as containers
+#   HOSTS=all scripts/install.sh           as virtual machines, too, for `make test-system`
 #   PYTHON=python3.12 make install   with another interpreter (3.11 or newer)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,9 +33,11 @@ ping iputils-ping
 sysctl procps
 systemd-analyze systemd
 LIST
-    if [ -n "${MACHINES:-}" ]; then
+    if [ -n "${HOSTS:-}" ]; then
         command -v mmdebstrap >/dev/null || printf 'mmdebstrap\n'
         command -v systemd-nspawn >/dev/null || printf 'systemd-container\n'
+    fi
+    if [ "${HOSTS:-}" = all ]; then
         command -v qemu-system-x86_64 >/dev/null || printf 'qemu-system-x86\n'
     fi
     if [ "$python" = python3 ]; then

@@ -68,7 +68,7 @@ def need(*programs: str) -> None:
         pytest.skip("needs root: it boots machines in namespaces")
     for program in programs:
         if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed (make test-system names its package)")
+            pytest.skip(f"{program} is not installed (scripts/install.sh names its package)")
 
 
 def made(what: str) -> Path:
@@ -149,7 +149,9 @@ def virtual_machines(wire: Wire, package: Path) -> Iterator[Machine]:
         yield VirtualMachine(f"node{number}", address, number, wire, kernel)
 
 
-@pytest.fixture(scope="session", params=["container", "virtual machine"])
+@pytest.fixture(
+    scope="session", params=["container", pytest.param("virtual machine", marks=pytest.mark.emulated)]
+)
 def hosts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """Installed, with a container on each, on the default bridge of Docker."""
     kind: str = request.param

@@ -15,7 +15,7 @@ from tests.system.machine import Machine, reboot, say
 from tests.system.page import commands
 from tests.system.wire import GATEWAY
 
-pytestmark = [pytest.mark.root, pytest.mark.system, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]
 
 NET_ADMIN, NET_RAW = 1 << 12, 1 << 13
 

@@ -10,7 +10,7 @@ from tests.etcd_process import wait_until
 from tests.system.conftest import need
 from tests.system.page import ROOT
 
-pytestmark = [pytest.mark.root, pytest.mark.system]
+pytestmark = [pytest.mark.root]
 
 RUN = """
 import os, subprocess, sys
