@@ -10,14 +10,14 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from flannelpy import __version__, control, endpoints, start, status, subnet_env
+from flannelpy import __version__, control, endpoints, start, subnet_env
 from flannelpy.backend import load
 from flannelpy.errors import FlannelpyError, KernelError
 from flannelpy.health import Health
@@ -40,7 +40,7 @@ from flannelpy.notify import Notify
 from flannelpy.settings import DEFAULT, Settings, describe
 from flannelpy.state_file import Origin
 from flannelpy.store import Store
-from flannelpy.verdict import Verdict, is_stuck, judge
+from flannelpy.voice import Voice
 
 if TYPE_CHECKING:
     from flannelpy.store.etcd_admin import EtcdAdmin
@@ -107,38 +107,19 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         log.warning("ignored after the flags: %d word(s)", len(settings.ignored_words))
     require_privileges()
     health = Health()
-    loop, nodes = asyncio.get_running_loop(), list[Node]()
-
-    def tell(text: str) -> None:
-        """The node in one line, for all who ask."""
-        health.summary = text
-        notify.status(text)
-
-    def judged() -> Verdict:
-        return judge(health, loop.time(), settings.readyz_missing_peers)
-
-    def now() -> status.Node | None:
-        return nodes[0].now() if nodes else None
-
-    commands: dict[str, Callable[[], Any]] = {
-        "status": lambda: status.document(now(), health, judged()),
-        "peers": lambda: status.peers(now(), health),
-    }
+    voice = Voice(health, notify, settings.readyz_missing_peers)
     async with AsyncExitStack() as stack:
         stack.enter_context(instance.lock(f"network {settings.etcd_prefix}"))
         if settings.healthz_port > 0:
-            pages = {
-                "/healthz": lambda: endpoints.healthz(judged()),
-                "/readyz": lambda: endpoints.readyz(judged()),
-            }
             await stack.enter_async_context(
-                endpoints.listen(settings.healthz_ip, settings.healthz_port, pages)
+                endpoints.listen(settings.healthz_ip, settings.healthz_port, voice.pages)
             )
-        await stack.enter_async_context(control.serve(control.path_for(settings.subnet_file), commands))
+        socket_path = control.path_for(settings.subnet_file)
+        await stack.enter_async_context(control.serve(socket_path, voice.commands))
         store = await stack.enter_async_context(_store(settings, health, notify))
         origin = Origin(settings.etcd_prefix, tuple(settings.etcd_endpoints))
         memory = start.remembered(settings, origin)
-        learned = await start.learn_network(store, tell, memory, time.time())
+        learned = await start.learn_network(store, voice.tell, memory, time.time())
         silent = learned is None
         if learned is None:
             assert memory is not None  # noqa: S101  # else it waits for ever
@@ -158,11 +139,11 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         previous, warning = subnet_env.read(settings.subnet_file)
         if warning:
             log.warning("%s", warning)
-        tell("claiming a subnet")
+        voice.tell("claiming a subnet")
 
         def ready(text: str) -> None:
             notify.ready()
-            tell(text)
+            voice.tell(text)
             log.info("ready: %s", text)
 
         traffic, rules = await _firewall(settings, config, previous, health)
@@ -201,20 +182,11 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             random=Random(),  # noqa: S311  # spreads load, guards nothing
         )
         node = Node(parts)
-        nodes.append(node)
-        commands.update(held=node.held, confirm=node.confirm)
+        voice.speak_for(node)
         async with asyncio.TaskGroup() as tasks:
             if notify.watchdog_seconds is not None:
-                tasks.create_task(_feed_watchdog(notify, notify.watchdog_seconds, health))
+                tasks.create_task(voice.feed_watchdog(notify.watchdog_seconds))
             await node.live()
-
-
-async def _feed_watchdog(notify: Notify, seconds: float, health: Health) -> None:
-    """Signs of life, for ever, unless the reconciler has stopped: then systemd starts the daemon anew."""
-    while True:
-        if not is_stuck(health, asyncio.get_running_loop().time()):
-            notify.alive()
-        await asyncio.sleep(seconds / 3)
 
 
 async def _firewall(

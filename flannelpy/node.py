@@ -71,6 +71,10 @@ class Host(Kernel, Protocol):
         """(device, destination) of the main table's other routes."""
         ...
 
+    def packets(self) -> Mapping[str, int]:
+        """Name of a count -> packets that our forwarders carried or dropped; empty where there is none."""
+        ...
+
     def route_to(self, address: Address) -> tuple[int, Address] | None:
         """(output device's index, source address) on the way to an address."""
         ...
@@ -239,6 +243,10 @@ class Node:
         parts, known = self._parts, self._knowledge
         leases = {lease.key: lease for lease in known.all_leases()}
         return status.Node(parts.config, parts.backend, self._facts, self._claim.own, leases, known.held())
+
+    def packets(self) -> Mapping[str, int]:
+        """What a forwarder has counted; empty where there is none."""
+        return self._parts.host.packets()
 
     async def _first_lease(self) -> tuple[Lease, bool]:
         """(our lease, whether it is from memory because the store does not answer)."""

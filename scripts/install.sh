@@ -30,6 +30,7 @@ ip iproute2
 iptables iptables
 nft nftables
 ping iputils-ping
+prometheus prometheus
 sysctl procps
 systemd-analyze systemd
 LIST

@@ -118,6 +118,10 @@ class FakeKernel:
         """(device, destination) of the routes."""
         return [(route.device, route.destination) for route in self.state.routes.values()]
 
+    def packets(self) -> dict[str, int]:
+        """Nothing is carried here."""
+        return {}
+
     def route_to(self, address: Address) -> tuple[int, Address] | None:  # noqa: ARG002
         """No host that matters is far away here."""
         return None

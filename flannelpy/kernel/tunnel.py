@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ParamSpec
@@ -125,6 +126,13 @@ class Tunnels:
         """What a device's forwarder has counted since it started."""
         line = self._line(device)
         return dict(line.ask({"do": "counters"})["counters"]) if line is not None else {}
+
+    def all_counters(self) -> dict[str, int]:
+        """The same for every forwarder that we know of. NetlinkError if one is gone."""
+        found: Counter[str] = Counter()
+        for device in list(self._lines):
+            found.update(self.counters(device))
+        return dict(found)
 
     def remove(self, device: str) -> None:
         """End a device's forwarder."""
