@@ -309,15 +309,15 @@ def _block(text: str, is_ipv6: bool, where: str) -> str:
 
 
 def ask_daemon(subnet_file: str) -> Json:
-    """Its health: {"ready": bool, "summary": text}; empty if it cannot say. OSError if nobody answers."""
+    """What `flannelpy status` shows; empty if it cannot say. OSError if nobody answers."""
     client = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         client.settimeout(2.0)
         folder, slash, name = subnet_file.rpartition("/")
         client.connect(f"{folder}{slash}{name.rpartition('.')[0] or name}.sock")
-        client.send(b'{"do":"health"}\n')
+        client.send(b'{"do":"status"}\n')
         data = b""
-        while not data.endswith(b"\n") and len(data) < LARGEST_FILE and (part := client.recv(LARGEST_FILE)):
+        while not data.endswith(b"\n") and len(data) < LARGEST and (part := client.recv(LARGEST_FILE)):
             data += part
     finally:
         client.close()
@@ -330,13 +330,19 @@ def ask_daemon(subnet_file: str) -> Json:
 
 def _why_missing(subnet_file: str) -> str:
     try:
-        said = ask_daemon(subnet_file).get("summary") or "it does not say what it waits for"
+        said = _reasons(ask_daemon(subnet_file))
     except OSError:
         return (
             "no flannelpy daemon answers on this node; it writes the file once it has a subnet. See its log:"
             " kubectl -n kube-flannel logs ds/kube-flannel-ds, or journalctl -u flannelpy"
         )
-    return f"the daemon of this node runs, but has no subnet yet: {str(said)[:500]}"
+    return f"the daemon of this node runs, but has no subnet yet: {said}"
+
+
+def _reasons(said: Json) -> str:
+    """What is wrong with the daemon in its own words, the worst first."""
+    lists = [words for words in (said.get("faults"), said.get("flaws")) if isinstance(words, list)]
+    return "; ".join(str(words) for some in lists for words in some)[:500] or "it does not say why"
 
 
 # --- the other plugin, to which the work is delegated ---
@@ -579,11 +585,7 @@ def _unready(subnet_file: str) -> str:
         return ""
     except OSError as error:
         return f"the flannelpy daemon of this node does not answer: {error.strerror or error}"
-    return (
-        f"the flannelpy daemon is not ready: {str(said.get('summary'))[:500]}"
-        if said.get("ready") is False
-        else ""
-    )
+    return f"the flannelpy daemon is not ready: {_reasons(said)}" if said.get("state") == "not ready" else ""
 
 
 def collect_garbage(conf: Json) -> int:

@@ -46,6 +46,12 @@ class Kubelet:
         variables = {"CNI_CONTAINERID": netns, "CNI_NETNS": f"/run/netns/{netns}", "CNI_IFNAME": "eth0"}
         return self.host.call(command, variables=variables, conf={**self.host.conf, **conf})
 
+    def status(self) -> Answer:
+        """Whether pods can be added; what it is asked by is newer than the plugins of Debian 12."""
+        recorder = str(self.host.recorder())
+        conf = {**self.host.conf, "cniVersion": "1.1.0"}
+        return self.host.call("STATUS", variables={"CNI_PATH": recorder}, conf=conf)
+
     def add(self, name: str) -> tuple[str, list[str]]:
         """A new pod -> its namespace and its addresses."""
         netns = self.lab._add_namespace(f"{self.node.name}-{name}")
@@ -132,14 +138,28 @@ def test_a_node_without_its_daemon_keeps_deleting(lab: Lab) -> None:
     answer = one.call("ADD", netns)
     assert (answer.code, answer.json["code"]) == (1, 11)
     assert "no flannelpy daemon answers on this node" in answer.json["msg"]
-    wait_ready([lab.start_daemon(node)])
+    assert lab.etcd is not None
+    stop([lab.etcd])
+    daemon = lab.start_daemon(node)
+    wait_until(
+        lambda: "etcd cannot be reached" in daemon_says(one, netns),
+        "the daemon to say that it waits for etcd",
+    )
+    lab.start_etcd()
+    wait_ready([daemon])
     assert one.call("ADD", netns).code == 0
+    assert one.status().code == 0
     assert node.daemon is not None
     stop([node.daemon])
     node.subnet_file.unlink()
     assert one.call("DEL", netns).code == 0
     leased = Path(one.host.conf["ipam"]["dataDir"], "cbr0")
     assert [path.name for path in leased.iterdir() if path.name[0].isdigit()] == []
+
+
+def daemon_says(kubelet: Kubelet, netns: str) -> str:
+    message: str = kubelet.call("ADD", netns).json["msg"]
+    return message.partition("has no subnet yet: ")[2]
 
 
 def test_fifty_pods_at_once(lab: Lab) -> None:

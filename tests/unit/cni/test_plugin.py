@@ -243,7 +243,7 @@ def daemon(host: Host, reply: bytes) -> Iterator[None]:
             except OSError:
                 return
             with one:
-                assert one.recv(100) == b'{"do":"health"}\n'
+                assert one.recv(100) == b'{"do":"status"}\n'
                 one.sendall(reply) if reply else done.wait(10)
 
     thread = threading.Thread(target=serve)
@@ -258,11 +258,9 @@ def daemon(host: Host, reply: bytes) -> Iterator[None]:
 def test_a_missing_subnet_env_says_what_the_daemon_waits_for(host: Host) -> None:
     host.subnet_file.unlink()
     refused(host, "ADD", 11, "no flannelpy daemon answers on this node")
-    reply = (
-        json.dumps({"ok": {"ready": False, "summary": "waiting for etcd at 10.0.0.2:2379"}}).encode() + b"\n"
-    )
+    reply = json.dumps({"ok": {"faults": ["starting"], "flaws": ["etcd cannot be reached"]}}).encode() + b"\n"
     with daemon(host, reply):
-        refused(host, "ADD", 11, "has no subnet yet: waiting for etcd at 10.0.0.2:2379")
+        refused(host, "ADD", 11, "has no subnet yet: starting; etcd cannot be reached")
 
 
 @pytest.mark.parametrize("reply", [b'{"error":"x"}\n', b"{}\n", b"[]\n", b"x" * 70_000, b'{"ok":[]}\n'])
@@ -399,7 +397,7 @@ def new(host: Host) -> Host:
 
 def test_status_is_ready_with_subnet_env_and_asks_the_other_plugin(new: Host) -> None:
     assert new.call("STATUS").code == 0
-    with daemon(new, b'{"ok":{"ready":true,"summary":"all well"}}\n'):
+    with daemon(new, b'{"ok":{"state":"degraded","faults":[],"summary":"all well"}}\n'):
         assert new.call("STATUS").code == 0
     new.subnet_file.with_suffix(".sock").unlink()
     (new.folder / "plugins" / "fail").touch()
@@ -407,7 +405,7 @@ def test_status_is_ready_with_subnet_env_and_asks_the_other_plugin(new: Host) ->
 
 
 def test_status_tells_why_no_pod_can_be_added(new: Host) -> None:
-    with daemon(new, b'{"ok":{"ready":false,"summary":"waiting for the first peers"}}\n'):
+    with daemon(new, b'{"ok":{"state":"not ready","faults":["waiting for the first peers"]}}\n'):
         refused(new, "STATUS", 50, "waiting for the first peers")
     path = new.subnet_file.with_suffix(".sock")  # left over: nobody listens
     refused(new, "STATUS", 50, "does not answer")
