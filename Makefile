@@ -17,7 +17,7 @@ WORKERS ?= 4
 BENCH_FLAGS ?= --leases 0,1000 --rounds 3
 FLANNELD ?=
 PYTHON ?= python3
-SCRIPTS := scripts/*.sh .ci/run
+SCRIPTS := scripts/*.sh deploy/image/*.sh deploy/image/install-conf .ci/run
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

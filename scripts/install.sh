@@ -39,6 +39,7 @@ LIST
         command -v systemd-nspawn >/dev/null || printf 'systemd-container\n'
     fi
     if [ "${HOSTS:-}" = all ]; then
+        command -v buildah >/dev/null || printf 'buildah\n'
         command -v qemu-system-x86_64 >/dev/null || printf 'qemu-system-x86\n'
     fi
     if [ "$python" = python3 ]; then

@@ -120,6 +120,31 @@ def test_pods_of_all_nodes_reach_each_other_and_daemons_may_be_restarted(lab: La
         assert {path.name for path in one.host.state.iterdir()} == left
 
 
+@pytest.mark.parametrize("backend", ["vxlan", "host-gw"])
+@pytest.mark.parametrize("nftables", [False, True], ids=["iptables", "nftables"])
+def test_the_daemon_needs_no_more_than_its_pod_has(lab: Lab, backend: str, nftables: bool) -> None:
+    """As in deploy/kubernetes: two capabilities, no new privileges, /proc/sys read-only."""
+    confine = """
+        mount --bind /proc/sys /proc/sys
+        mount -o remount,bind,ro /proc/sys
+        exec setpriv --no-new-privs --bounding-set=-all,+net_admin,+net_raw --inh-caps=-all "$@"
+    """
+    program = ["unshare", "--mount", "sh", "-ec", confine, "sh", sys.executable, "-m", "flannelpy"]
+    lab.put_config({**V4, "Backend": {"Type": backend}, "EnableNFTables": nftables})
+    for _number in range(2):
+        lab.add_node()
+    flags = ["--ip-masq", "--iptables-forward-rules=true"]
+    wait_ready([lab.start_daemon(node, program, flags=flags) for node in lab.nodes])
+    made = [Kubelet(lab, node) for node in lab.nodes]
+    assert_all_reach_all(lab, [one.add("pod") for one in made])
+    for node in lab.nodes:
+        assert node.daemon is not None
+        log = node.daemon.log.read_text()
+        assert "ERROR" not in log, log
+        status = Path(f"/proc/{node.daemon.popen.pid}/status").read_text()
+        assert "CapEff:\t0000000000003000\n" in status
+
+
 def test_dual_stack(make_lab: Any) -> None:
     lab = make_lab(ipv6=True)
     lab.start_etcd()

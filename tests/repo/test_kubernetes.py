@@ -136,6 +136,11 @@ def test_the_names_are_flannels(manifest: Objects) -> None:
     }
 
 
+def test_the_configuration_for_hosts_is_that_of_the_manifest(manifest: Objects) -> None:
+    text = (ROOT / "deploy" / "cni" / "10-flannel.conflist").read_text()
+    assert text == manifest["ConfigMap"]["data"]["cni-conf.json"]
+
+
 def test_the_rights_are_few(manifest: Objects) -> None:
     rights = {
         (resource, verb)
