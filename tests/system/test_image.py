@@ -12,7 +12,7 @@ import pytest
 from tests.system.page import ROOT
 
 pytestmark = [
-    pytest.mark.system,
+    pytest.mark.emulated,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it makes images"),
     *(
