@@ -13,9 +13,10 @@ import pytest
 from flannelpy.cli.lab import Lab, Node
 from flannelpy.cli.processes import inside, stop, wait_ready, wait_until
 from tests.netns.nodes import V4, V6
-from tests.unit.cni.calls import Answer, Host
+from tests.unit.cni.calls import OURS, Answer, Host
 
 PLUGINS = os.environ.get("CNI_PLUGINS", "/usr/lib/cni")
+FLANNELD, FLANNEL_CNI = os.environ.get("FLANNELD", ""), os.environ.get("FLANNEL_CNI", "")
 
 pytestmark = [
     pytest.mark.root,
@@ -223,3 +224,35 @@ def test_the_interpreter_of_this_system_runs_it(lab: Lab) -> None:
     made.host.command = (f"{folder}/flannel",)
     netns, _ = made.add("pod")
     assert made.call("DEL", netns).code == 0
+
+
+@pytest.mark.skipif(not (FLANNELD and FLANNEL_CNI), reason="FLANNELD and FLANNEL_CNI do not name a flannel")
+@pytest.mark.parametrize("first", ["flannel", "flannelpy"])
+def test_a_node_moves_over_with_its_pods(lab: Lab, first: str) -> None:
+    """Daemon and plugin are exchanged under a flow; pods stay, new ones come, and old ones can be deleted."""
+    daemons = {"flannel": [FLANNELD], "flannelpy": []}
+    plugins = {"flannel": (FLANNEL_CNI,), "flannelpy": OURS}
+    second = "flannelpy" if first == "flannel" else "flannel"
+    lab.put_config(V4)
+    moving, other = lab.add_node(), lab.add_node()
+    wait_ready([lab.start_daemon(moving, daemons[first]), lab.start_daemon(other)])
+    one, far = Kubelet(lab, moving), Kubelet(lab, other)
+    one.host.command = plugins[first]
+    old, partner = one.add("old"), far.add("pod")
+    assert_all_reach_all(lab, [old, partner])
+
+    log = lab.folder / "flow"
+    packets = flow(old[0], partner[1][0], log)
+    assert moving.daemon is not None
+    stop([moving.daemon])
+    wait_ready([lab.start_daemon(moving, daemons[second])])
+    one.host.command = plugins[second]
+    new = one.add("new")
+    packets.wait(30)
+    assert f"{PACKETS} packets transmitted, {PACKETS} received, 0% packet loss" in log.read_text()
+    assert_all_reach_all(lab, [old, new, partner])
+
+    for netns, _ in (old, new):
+        assert one.call("DEL", netns).code == 0
+    leased = Path(one.host.conf["ipam"]["dataDir"], "cbr0")
+    assert [path.name for path in leased.iterdir() if path.name[0].isdigit()] == []
