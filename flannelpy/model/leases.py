@@ -38,6 +38,8 @@ class Leases:
         self._index_held()
         self._withheld: dict[str, Lease] = {}
         """The older records of the new history in whose place peers are held."""
+        self._doubted: dict[str, Lease] = {}
+        """Records of the new history that tell a former address of a peer that is held."""
         self._following = False
         """Whether the store has said anything yet: what is known from an earlier life may be out of date."""
 
@@ -58,8 +60,14 @@ class Leases:
             self._release(_overlapped(update.leases, self.held))
             self._release([key for lease in update.leases for key in self._former_addresses(lease)])
         self._withheld = {lease.key: lease for lease in update.leases if lease.key in self.held}
+        told_now = [lease for lease in update.leases if lease.key not in self.held]
+        self._doubted = {
+            lease.key: lease
+            for lease in told_now
+            if lease.revision <= self.began and self._former_addresses(lease)
+        }
         held = [one.lease for one in self.held.values()]
-        leases = (*(lease for lease in update.leases if lease.key not in self.held), *held)
+        leases = (*(lease for lease in told_now if lease.key not in self._doubted), *held)
         before = self.known
         self.known = {lease.key: lease for lease in leases}
         for key, _reason in update.unreadable:
@@ -102,6 +110,7 @@ class Leases:
         self._release(moved)
         for key in told:
             self._withheld.pop(key, None)
+            self._doubted.pop(key, None)
         for key in update.gone:
             self.known.pop(key, None)
         self.known.update((lease.key, lease) for lease in update.put)
@@ -109,10 +118,12 @@ class Leases:
 
     def _without(self, released: Sequence[str], update: Delta) -> Delta:
         """The update with the end of these holds in it: the store's own records count now, if it has any."""
+        cleared = [key for key, lease in self._doubted.items() if not self._former_addresses(lease)]
         back = tuple(self._withheld.pop(key) for key in released if key in self._withheld)
+        back += tuple(self._doubted.pop(key) for key in cleared)
         gone = [key for key in released if key not in {lease.key for lease in back}]
         for key in gone:
-            del self.known[key]
+            self.known.pop(key, None)
         self.known.update((lease.key, lease) for lease in back)
         return update._replace(put=(*update.put, *back), gone=(*update.gone, *gone))
 

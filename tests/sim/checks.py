@@ -1,7 +1,6 @@
 """What must hold, worked out from the records and the machines, not by the daemon's own functions."""
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 from flannelpy.model.address import Address, Prefix, host, parse_mac
@@ -19,12 +18,11 @@ from flannelpy.model.kernel import (
 )
 from flannelpy.model.lease import Lease
 from flannelpy.model.plan import Op, Put, Remove
-from flannelpy.model.subnet import parse_key
+from tests.sim.keys import overlap as overlap
 from tests.sim.member import Member
 
 DEVICES = {32: "flannel.1", 128: "flannel-v6.1"}
 OVERHEAD = {32: 50, 128: 70}
-subnets_of = lru_cache(parse_key)
 
 
 class Shape(NamedTuple):
@@ -33,18 +31,6 @@ class Shape(NamedTuple):
     families: tuple[int, ...]
     backend: str
     direct: bool
-
-
-def overlap(key: str, others: Iterable[str]) -> str | None:
-    """The other record that has an address in common with this one."""
-    mine = subnets_of(key)
-    for other in others:
-        if other == key:
-            continue
-        for a, b in zip(mine, subnets_of(other), strict=True):
-            if a is not None and b is not None and a.overlaps(b):
-                return other
-    return None
 
 
 def broken_by(op: Op, state: State) -> str | None:

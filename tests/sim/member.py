@@ -29,6 +29,7 @@ from flannelpy.store import Offer, Running
 from flannelpy.store.etcd_codec import Listing
 from flannelpy.store.memory import MemoryData, MemoryStore
 from flannelpy.subnet_env import variables
+from tests.sim.keys import overlap
 
 CONFIRM_SECONDS, CONFIRM_LATE_SECONDS = 62.0, 602.0
 """So long after they met a new history the nodes have written their records again: once, and twice."""
@@ -167,9 +168,12 @@ class SimStore(MemoryStore):
     def _doubt(self, told: Iterable[Lease]) -> None:
         """What was written before it met a history looks like what a backup holds, until it is repeated."""
         now = asyncio.get_running_loop().time()
+        told = tuple(told)
+        absent = self._last.keys() - {lease.key for lease in told}
         for lease in told:
             known = self._last.get(lease.key)
-            if known is not None and known.attrs != lease.attrs and known.revision >= lease.revision:
+            is_other = known is not None and known.attrs != lease.attrs and known.revision >= lease.revision
+            if is_other or (known is None and overlap(lease.key, absent)):
                 is_late = now > self.member.world.began + CONFIRM_SECONDS / 3
                 self.doubts = now + (CONFIRM_LATE_SECONDS if is_late else CONFIRM_SECONDS)
 

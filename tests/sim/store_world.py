@@ -112,7 +112,8 @@ class StoreWorld(World):
     def is_to_wait(self) -> bool:
         for member in self.members:
             if member.running and member in self.taken and not self._is_as_written(member):
-                self.calm_at = max(self.calm_at, self.taken[member] + RECLAIM_SECONDS)
+                # Twice as long after what looked like a second machine: a write of its own, brought back.
+                self.calm_at = max(self.calm_at, self.taken[member] + 2 * RECLAIM_SECONDS)
             if member.running and member.store is not None:
                 self.calm_at = max(self.calm_at, member.store.doubts)
         return self.loop.time() < self.calm_at + SETTLED_SECONDS
@@ -147,12 +148,12 @@ class StoreWorld(World):
 
     def excused(self, member: Member) -> list[Lease]:
         """What may be held: nobody can know that a node is gone, or moved before the new history was met."""
-        began = member.store.began if member.store is not None else 0
+        met = member.store.met if member.store is not None else 0.0
         told, ever = self.withdrawals.told, self.withdrawals.ever
         held = [
             lease
             for peer, leases in ever.items()
-            if not peer.running or told[peer].lease.revision <= began
+            if not peer.running or told[peer].at <= met
             for lease in leases
         ]
         held += [  # under an address that is not its own any more

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection
 from typing import NamedTuple
 
-from flannelpy.model.kernel import DeviceAddress, Link
+from flannelpy.model.kernel import DeviceAddress, Link, Route
 from flannelpy.model.lease import Lease
 from flannelpy.model.plan import Op, Put, Remove
 from tests.sim import checks
@@ -101,4 +101,5 @@ def _knows(me: Member, lease: Lease, op: Op) -> bool:
     if store is None:
         return False
     heard = lease.attrs in store.seen.get(lease.key, ())
-    return heard or (isinstance(op, Remove) and lease.key in store.remembered)
+    is_removed = isinstance(op, Remove) and isinstance(op.item, Route)
+    return heard or (is_removed and lease.key in store.remembered)

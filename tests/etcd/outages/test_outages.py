@@ -25,8 +25,6 @@ pytestmark = [pytest.mark.root, pytest.mark.etcd, pytest.mark.timeout(300)]
 
 CPU_LIMIT = 5.0
 """Percent of a processor."""
-IN_TURN_LIMIT = 30.0
-"""The same over the few seconds in which every member is lost once: over the limit with TLS, 16 were seen."""
 RECOVERY_LIMIT = 10.0
 """Seconds from the first write that etcd accepts to the last kernel that has it."""
 NOTICE_LIMIT = 20.0
@@ -122,7 +120,7 @@ def test_a_fault_of_etcd_is_not_one_of_the_network(
     assert outcome.pings > 10 * outcome.lasted
     assert outcome.lost == []
     for usage in outcome.usages:
-        assert usage.cpu < (IN_TURN_LIMIT if fault is faults.IN_TURN else CPU_LIMIT), logs
+        assert usage.cpu < CPU_LIMIT, logs
         assert len(usage.lines) < outcome.lasted, logs
     if fault.unreachable:
         assert outcome.noticed is not None, logs

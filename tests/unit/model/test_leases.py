@@ -110,6 +110,19 @@ def test_from_memory_the_address_that_the_store_tells_counts() -> None:
     assert PEERS[1].key in leases.held
 
 
+def test_a_record_with_a_former_address_of_a_held_peer_waits() -> None:
+    """Its MAC can be sent to one address only, and where the peer was once is not the one."""
+    former = peer(60)._replace(attrs=PEERS[0].attrs._replace(public_ip=bytes((192, 0, 2, 60))), revision=5)
+    leases, known = restored(former)
+    assert known == {one.key for one in PEERS}
+    # Once it is written again it counts; or when the held one is let go.
+    again, _known = restored(former)
+    told = again.after(Delta((former._replace(revision=12),), (), 12), OWN)
+    assert isinstance(told, Delta)
+    assert told.gone == (PEERS[0].key,)
+    assert leases.let_go().put == (former,)
+
+
 def test_a_record_of_equal_revision_that_differs_is_from_a_backup() -> None:
     other = peer(3, public_ip=77)
     leases, _known = restored(other)
