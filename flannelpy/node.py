@@ -253,7 +253,7 @@ class Node:
         memory = self._parts.memory
         if memory is None or not self._is_usable(memory):
             own = await self._claim.take()
-            if memory is None or (own.key, own.attrs) != (memory.own.key, memory.own.attrs):
+            if memory is not None and (own.key, own.attrs) != (memory.own.key, memory.own.attrs):
                 self._claim.confirm()
             return own, False
         with suppress(TimeoutError):
