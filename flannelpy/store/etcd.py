@@ -185,7 +185,7 @@ class EtcdStore:
         retry = Retry(self._random, partial(self._report, "leases"))
         state, self._handed = self._handed, None
         self._watching = True
-        listed = resumes = False
+        listed, resumes = False, state is not None  # a listing that was handed on is not of this moment
         while True:
             try:
                 if not listed:

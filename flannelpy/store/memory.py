@@ -179,7 +179,7 @@ class MemoryStore:
         self.connected = True
         self._random = random or Random(0)  # noqa: S311
         self._on_trouble = on_trouble
-        self._handed: tuple[Listing, Head] | None = None
+        self._handed: tuple[Listing, Head, int] | None = None
         self._watching = False
         self._seen = Seen()
         self._restored = data.restored
@@ -260,7 +260,7 @@ class MemoryStore:
         for lease in stale_leases(config, listing, ours, own, running):
             self.data.delete(lease.key)
         if not self._watching:
-            self._handed = self.data.listing(), self.data.head
+            self._handed = self.data.listing(), self.data.head, self.data.restored
         return own
 
     def _write(
@@ -304,7 +304,7 @@ class MemoryStore:
             while True:
                 watcher.clear()
                 await self._travel()
-                listing, now = handed or (None, self.data.head)
+                listing, now, restored = handed or (None, self.data.head, self.data.restored)
                 head = self.head
                 doubtful, new_history = self._doubts()
                 if not self.connected or (listed and now == head and not doubtful):
@@ -314,7 +314,7 @@ class MemoryStore:
                     if not new_history and lacks_most(self._seen.marks, listing):
                         listing = self._list()  # a second look
                     self._seen.take_listing(listing, now._replace(revision=listing.revision))
-                    self._restored = self.data.restored
+                    self._restored = restored
                     listed = True
                     handed = None
                     yield listing.snapshot()._replace(new_history=new_history)
