@@ -115,6 +115,7 @@ class SimStore(MemoryStore):
         self.spoke = True
         if not world.holds(self.member, own):
             world.violation(f"{self.member} was told that it owns {own.key}, the store says otherwise")
+        self.member.unanswered = own.key
         if self.die_after_write:
             raise Died
         try:
@@ -122,6 +123,7 @@ class SimStore(MemoryStore):
         except StoreError:
             world.fault_until(0.0, robbed=self.member)  # it will find its record changed, by itself
             raise
+        self.member.unanswered = None
 
     async def acquire(
         self, config: NetworkConfig, offer: Offer, previous: Previous, running: Running | None = None
@@ -207,6 +209,8 @@ class Member:
         self.steps_to_live = 0
         """0 = the process does not die by itself."""
         self.connected = True
+        self.unanswered: str | None = None
+        """The record that it wrote last, as long as it does not know that."""
         self.died = 0.0
         """When its process ended last."""
         self.heals = 0

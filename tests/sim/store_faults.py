@@ -87,8 +87,9 @@ class StoreFaults(Faults):
         world, data = self._world, self._world.data
         cluster = data.cluster
         age = self._random.choice([1, 1, 2, 5])
+        was_empty = not data.records  # then there is nothing to tell two histories by but the cluster id
         data.restore(self._backups[-min(age, len(self._backups))])
-        if self._random.random() < 0.4:  # a disk that was set back
+        if self._random.random() < 0.4 and not was_empty:  # a disk that was set back
             data.cluster = cluster
             if self._random.random() < 0.5:  # and whose revision passes the old one before anybody looks
                 data.revision += 1000

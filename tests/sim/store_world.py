@@ -319,7 +319,8 @@ class StoreWorld(World):
             return
         if min(self.loop.time() - told.at, member.wall_clock() - told.wall) > TTL_SECONDS + 1.0:
             self.violation(f"{member} uses a lease that has expired: {variables(member.env)}")
-        if member.memory and member.memory.own.key != told.lease.key and told.at < member.died - 0.2:
+        knew = told.at < member.died - 0.2 and member.unanswered != told.lease.key
+        if member.memory and member.memory.own.key != told.lease.key and knew:
             self.violation(f"{member} uses {member.memory.own.key}, but has moved to {told.lease.key}")
 
     def stepped(self, member: Member, op: Op) -> None:
