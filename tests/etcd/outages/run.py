@@ -94,6 +94,8 @@ class Run:
         wait_until(
             lambda: all(map(_is_calm, self.nodes)), f"{fault.name}: the daemons to say that it is over", 20
         )
+        with suppress(LabError):  # the judge tells what is missing; `ip monitor` may be a moment late
+            wait_until(lambda: all(len(one.seen()) >= len(written) for one in monitors), "the news", 3)
         answers, lost = flow.end()
         announced = [monitor.end() for monitor in monitors]
         after = {name: record for name, record in self.cluster.records().items() if name in own}
