@@ -108,6 +108,18 @@ def test_a_pod_comes_and_goes(host: Host, env: str, ranges: list[str], networks:
     assert "eth0" not in run("ip", "link", netns=f"{PREFIX}pod")
 
 
+def test_adding_twice_is_an_error_that_harms_nothing(host: Host) -> None:
+    host.subnet_file.write_text(V4 + REST)
+    assert call(host, "ADD").code == 0
+    again = call(host, "ADD")
+    assert (again.code, "msg" in again.json) == (1, True)
+    assert "10.1.17.2/24" in run("ip", "address", netns=f"{PREFIX}pod")
+    assert call(host, "DEL").code == 0
+    assert "eth0" not in run("ip", "link", netns=f"{PREFIX}pod")
+    leased = Path(host.conf["ipam"]["dataDir"], "cbr0")
+    assert [path.name for path in leased.iterdir() if path.name[0].isdigit()] == []
+
+
 def test_masquerading_is_left_to_one_of_the_two(host: Host) -> None:
     host.subnet_file.write_text(V4 + REST.replace("true", "false"))
     assert call(host, "ADD").code == 0
@@ -182,6 +194,27 @@ def test_version_answers(host: Host) -> None:
         "cniVersion": "1.1.0",
         "supportedVersions": ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"],
     }
+
+
+def test_the_commands_of_cni_1_1(host: Host) -> None:
+    """With a bridge that knows them: version 1.6 and newer."""
+    if "1.1.0" not in host.call("VERSION", stdin=b"{}").text or host.command != OURS:
+        pytest.skip("flannel's plugin has neither STATUS nor GC")
+    bridge = Host(host.folder, command=(f"{PLUGINS}/bridge",))
+    if "1.1.0" not in bridge.call("VERSION", stdin=b'{"cniVersion":"1.0.0"}').json["supportedVersions"]:
+        pytest.skip(f"the bridge in {PLUGINS} does not know CNI 1.1.0; CNI_PLUGINS names another folder")
+    host.subnet_file.write_text(V4 + V6 + REST)
+    host.conf["cniVersion"] = "1.1.0"
+    assert call(host, "STATUS").code == 0
+    added = call(host, "ADD")
+    assert added.code == 0
+    assert call(host, "CHECK", conf={**host.conf, "prevResult": added.json}).code == 0
+    here = {"cni.dev/valid-attachments": [{"containerID": "c1", "ifname": "eth0"}]}
+    leased = Path(host.conf["ipam"]["dataDir"], "cbr0")
+    for valid, left in ((here, 2), ({"cni.dev/valid-attachments": []}, 0)):
+        assert call(host, "GC", conf={**host.conf, **valid}).code == 0
+        assert len([path for path in leased.iterdir() if path.name[0] in "1f"]) == left
+        assert (host.state / "c1").exists() is bool(left)
 
 
 @pytest.mark.skipif(not FLANNEL_CNI, reason="FLANNEL_CNI does not name flannel's plugin to compare with")
