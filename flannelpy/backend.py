@@ -94,6 +94,15 @@ def load(config: NetworkConfig) -> Backend:
     return backend
 
 
+def has(name: str) -> bool:
+    """Whether there is a backend of that name here."""
+    try:
+        _find(name)
+    except LookupError:
+        return False
+    return True
+
+
 def _find(name: str) -> Any:
     if name in _OWN:
         module, _, attribute = _OWN[name].partition(":")

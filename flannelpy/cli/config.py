@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flannelpy.backend import load
+from flannelpy.backend import has, load
 from flannelpy.cli.admin import (
     Parser,
     Plan,
@@ -33,6 +33,8 @@ from flannelpy.model.subnet import pool_size
 _SHOWN_LEASES = 5
 _WIDTH = 78
 _LONGEST_VALUE = 30
+_FLANNELS = frozenset(("wireguard", "ipip", "ipsec", "extension", "tencent-vpc"))
+"""Backends of flannel's that a config may name although this version may lack them."""
 
 
 def main(argv: list[str]) -> int:
@@ -168,7 +170,13 @@ def _room(config: NetworkConfig) -> int:
 
 
 def _remarks(text: str, config: NetworkConfig) -> list[str]:
-    return [shown(line) for line in remarks(text, config)]
+    found = [shown(line) for line in remarks(text, config)]
+    if not has(config.backend_type):
+        found.append(
+            f"this version of flannelpy has no backend {shown(config.backend_type)}, only flannel's nodes can"
+            " use it, and its keys are not checked: flannelpy daemons that run go on as they are, others wait"
+        )
+    return found
 
 
 # --- setting ---
@@ -277,10 +285,14 @@ def _read(source: str) -> str:
 
 
 def _checked(text: str) -> NetworkConfig:
-    """A config that this version can serve; FlannelpyError with the key, the value and the rule."""
+    """A config that can be served; FlannelpyError with the key, the value and the rule.
+
+    By this version, or, in a cluster of both, by flannel: whoever sets it is told.
+    """
     try:
         config = parse_config(text)
-        load(config)
+        if config.backend_type not in _FLANNELS or has(config.backend_type):
+            load(config)
     except (ConfigError, LookupError) as error:
         raise FlannelpyError(f"the config is not valid: {shown(str(error))}") from None
     return config

@@ -321,6 +321,16 @@ def test_an_invalid_config_is_refused_with_and_without_etcd(net: Network, text: 
     assert net.get("config") == V4
 
 
+def test_a_backend_that_only_flannel_has_is_set_and_remarked_on(net: Network) -> None:
+    new = '{"Network":"10.5.0.0/16","Backend":{"Type":"ipsec","PSK":"x"}}'
+    preview = net.run("config", "set", new)
+    assert preview.code == 1
+    assert "remark: this version of flannelpy has no backend ipsec" in preview.out
+    assert net.get("config") == V4
+    assert net.run("config", "set", new, "--yes").code == 0
+    assert net.get("config") == new
+
+
 def test_validate_and_explain_need_no_etcd(net: Network) -> None:
     net.environ["FLANNELD_ETCD_ENDPOINTS"] = f"http://127.0.0.1:{free_port()}"
     valid = net.run("config", "validate", "-", stdin=V4.replace("{", '{"Netwok":1,', 1))

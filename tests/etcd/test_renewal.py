@@ -185,3 +185,63 @@ def test_a_listing_without_most_of_the_peers_is_read_twice(
             await client.close()
 
     asyncio.run(scenario())
+
+
+def test_a_start_that_is_given_up_in_the_middle_of_its_write_leaves_one_record(start_etcd: Start) -> None:
+    """A daemon goes on from its memory after five seconds; what it asked for may take place all the same."""
+    etcd = start_etcd()
+
+    async def scenario() -> None:
+        async with Proxy(etcd.port) as proxy, lab(etcd.endpoint) as etcd_lab:
+            remembered = await etcd_lab.node().acquire(V4, offer(1), NOTHING)
+            before = await etcd_lab.records()
+            client = EtcdClient([proxy.endpoint])
+            node = EtcdStore(client, "/net")
+            await node.signature(remembered.key)  # connected
+            proxy.latency = 0.2
+            start = asyncio.create_task(node.acquire(V4, offer(1), NOTHING))
+            async with asyncio.timeout(10):
+                while await etcd_lab.records() == before:
+                    pass
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+            proxy.latency = 0.0
+            assert await node.renew(remembered) is None, "the record was written once more"
+            own = await node.acquire(V4, offer(1), NOTHING, Running(remembered))
+            assert (own.key, own.attrs) == (remembered.key, remembered.attrs)
+            assert set(await etcd_lab.records()) == {own.key}
+            assert await node.renew(own) is not None
+            await client.close()
+
+    asyncio.run(scenario())
+
+
+async def _fill(etcd_lab: EtcdLab) -> None:
+    for number in range(100):
+        await etcd_lab._write(f"filler{number}", bytes(200_000))
+
+
+def test_a_renewal_that_is_due_while_etcd_is_out_of_space(start_etcd: Start) -> None:
+    etcd = start_etcd([f"--quota-backend-bytes={4 << 20}"])
+
+    async def scenario() -> None:
+        async with lab(etcd.endpoint) as etcd_lab:
+            node = etcd_lab.node()
+            own = await node.acquire(V4, offer(1), NOTHING)
+            with pytest.raises(StoreError, match="space"):
+                await _fill(etcd_lab)
+            for _attempt in range(2):
+                with pytest.raises(StoreError, match="compact and defragment etcd, then disarm its alarm"):
+                    await node.renew(own)
+            assert set(await etcd_lab.records()) == {own.key}
+            for number in range(100):
+                await etcd_lab._remove(f"filler{number}")
+            revision = (await etcd_lab.client.range(b"x")).header.revision
+            await asyncio.to_thread(etcd.ctl, "compact", str(revision))
+            await asyncio.to_thread(etcd.ctl, "defrag")
+            await asyncio.to_thread(etcd.ctl, "alarm", "disarm")
+            renewed = await node.renew(own)
+            assert renewed is not None
+            assert renewed.key == own.key
+
+    asyncio.run(scenario())
