@@ -253,7 +253,7 @@ class Node:
         memory = self._parts.memory
         if memory is None or not self._is_usable(memory):
             own = await self._claim.take()
-            if memory is not None and (own.key, own.attrs) != (memory.own.key, memory.own.attrs):
+            if self._is_changed(own):
                 self._claim.confirm()
             return own, False
         with suppress(TimeoutError):
@@ -270,6 +270,14 @@ class Node:
         )
         self._claim.resume(memory.own, memory.expires - now)
         return memory.own, True
+
+    def _is_changed(self, own: Lease) -> bool:
+        """Whether an earlier life of this node told something else."""
+        memory, previous = self._parts.memory, self._parts.previous
+        if memory is not None:
+            return (own.key, own.attrs) != (memory.own.key, memory.own.attrs)
+        had = (previous.subnet, previous.subnet6)
+        return had != (None, None) and had != (own.subnet, own.subnet6)
 
     def _is_usable(self, memory: Memory) -> bool:
         """Whether the lease is still ours: in time, for this network, and for the address that we have.

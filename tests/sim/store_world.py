@@ -193,11 +193,11 @@ class StoreWorld(World):
 
     def _judge_stranger(self, key: str, author: Member | None) -> None:
         """A clone, or an operator, writes what its owner did not tell: nobody can know who it is from."""
-        owner = self.owner(key)
+        owner, attrs = self.owner(key), read_lease(self.data.records[key]).attrs
         told = self.withdrawals.told.get(owner) if owner else None
         if author is not None:
             self.withdrawals.displaced(self.twins[author])
-        elif owner is not None and told is not None and told.lease.key != key:
+        elif owner is not None and told is not None and (told.lease.key, told.lease.attrs) != (key, attrs):
             self.withdrawals.displaced(owner)
 
     def _judge_write(self, author: Member, lease: Lease, before: Record | None, now: float) -> None:
@@ -346,6 +346,9 @@ class StoreWorld(World):
             return  # restored from a backup with higher revisions: by all that can be known it is newer
         if not self._is_inside(lease):
             return  # that one was
+        at = self.withdrawals.told[peer].at
+        if store is not None and self.began <= at <= store.met and self.loop.time() < store.doubts:
+            return  # it looks like what a backup holds, until it is repeated
         if (
             self._is_alive(peer)
             and peer not in self.twins.values()
