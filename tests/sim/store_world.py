@@ -249,7 +249,14 @@ class StoreWorld(World):
                 for route in author.kernel.state.routes.values()
             )
             lasts = now - told.at < TTL_SECONDS
-            if knows and lasts and self._is_alive(peer) and self.withdrawals.is_claimed(told.lease, now):
+            # What is there under our address, by a clone perhaps, is taken over.
+            if (
+                before is None
+                and knows
+                and lasts
+                and self._is_alive(peer)
+                and self.withdrawals.is_claimed(told.lease, now)
+            ):
                 self.violation(
                     f"{author} claims {lease.key} although it knows that {peer} has {told.lease.key}"
                 )
