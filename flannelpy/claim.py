@@ -144,15 +144,16 @@ class Claim:
         if self._is_changed():
             self._wake.set()
 
-    def confirm(self) -> None:
+    def confirm(self, *, once: bool = False) -> None:
         """Write our record again in a while, whatever becomes of it now.
 
         Peers may know another one from a history that ended, by somebody who took our subnet there, or by us
         under another address. What is written after they met the new history is what they believe. Not all
-        at once: there are thousands.
+        at once: there are thousands. `once`: only the later time, for a record that nobody knew before.
         """
         now = asyncio.get_running_loop().time()
-        self._repeats = [now + seconds * self._random.uniform(0.5, 1.0) for seconds in _REPEAT_SECONDS]
+        times = _REPEAT_SECONDS[-1:] if once else _REPEAT_SECONDS
+        self._repeats = [now + seconds * self._random.uniform(0.5, 1.0) for seconds in times]
         self._wake.set()
 
     def publish(self) -> None:

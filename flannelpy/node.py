@@ -253,8 +253,7 @@ class Node:
         memory = self._parts.memory
         if memory is None or not self._is_usable(memory):
             own = await self._claim.take()
-            if self._is_changed(own):
-                self._claim.confirm()
+            self._claim.confirm(once=not self._is_changed(own))
             return own, False
         with suppress(TimeoutError):
             async with asyncio.timeout(0 if self._parts.store_is_silent else PATIENCE_SECONDS):

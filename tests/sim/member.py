@@ -176,7 +176,7 @@ class SimStore(MemoryStore):
             known = self._last.get(lease.key)
             is_other = known is not None and known.attrs != lease.attrs and known.revision >= lease.revision
             if is_other or (known is None and overlap(lease.key, absent)):
-                is_late = now > self.member.world.began + CONFIRM_SECONDS / 3
+                is_late = known is None or now > self.member.world.began + CONFIRM_SECONDS / 3
                 self.doubts = now + (CONFIRM_LATE_SECONDS if is_late else CONFIRM_SECONDS)
 
 
