@@ -174,9 +174,8 @@ def test_the_paths_are_flannels(host: Host) -> None:
     source.write_text(V4 + REST)
     keep.mkdir()
     script = """
-        mkdir -p /var/lib/cni /run/flannel
-        mount -t tmpfs none /run; mkdir -p /run/flannel; cp "$1" /run/flannel/subnet.env
-        mount --bind "$2" /var/lib/cni
+        mount -t tmpfs none /run; mkdir /run/flannel; cp "$1" /run/flannel/subnet.env
+        mount -t tmpfs none /var/lib; mkdir /var/lib/cni; mount --bind "$2" /var/lib/cni
         shift 2; exec "$@"
     """
     assert shutil.which("unshare")
