@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from flannelpy import control
 from flannelpy.cli.lab import ETCD_PREFIX, Lab, Node
 from flannelpy.cli.processes import LabError, Process, run, stop, wait_ready, wait_until
 from tests.netns.nodes import reach
@@ -251,8 +252,12 @@ def test_another_table_that_drops_is_named(make_lab: Callable[..., Lab]) -> None
         " add chain inet strict f { type filter hook forward priority 0; policy drop; }",
         netns=node.netns)  # fmt: skip
     wait_until(lambda: "dropped by the policy of chain inet strict f" in log.read_text(), "the warning", 2)
+    found = control.ask(control.path_for(str(node.subnet_file)), "status")
+    assert found["state"] == "not ready"  # as /readyz says
+    assert "dropped by the policy of chain inet strict f" in found["faults"][0]
     run("nft", "delete table inet strict", netns=node.netns)
     wait_until(lambda: "the rules are well again" in log.read_text(), "the end of it", 7)
+    assert control.ask(control.path_for(str(node.subnet_file)), "status")["state"] == "ready"
 
 
 # --- restarts, moves, leftovers ---
