@@ -22,6 +22,7 @@ from flannelpy.backend import load
 from flannelpy.errors import FlannelpyError, KernelError
 from flannelpy.health import Health
 from flannelpy.kernel import instance
+from flannelpy.kernel.echo import Echo
 from flannelpy.kernel.firewall import Firewall, firewall, remove_all
 from flannelpy.kernel.linux import LinuxKernel, require_privileges
 from flannelpy.kernel.peer_filter import PeerFilterTable
@@ -177,6 +178,7 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             blackhole=settings.ip_blackhole_route,
             peer_filter=_peer_filter(settings, config, stack),
             enforce=settings.peer_filter == ENFORCE,
+            open_pinger=Echo if settings.peer_probes else None,
             on_ready=ready,
             health=health,
             random=Random(),  # noqa: S311  # spreads load, guards nothing

@@ -5,14 +5,16 @@ a start does without it. No series is made for a single peer, so a large cluster
 small one; which peers have a trouble, `flannelpy status` tells.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from flannelpy import __version__
 from flannelpy.endpoints import Answer
 from flannelpy.health import Health
-from flannelpy.metrics import HEAL_SECONDS
+from flannelpy.metrics import HEAL_SECONDS, RTT_SECONDS
+from flannelpy.model.probe import MEANING
 from flannelpy.model.subnet import pools
 from flannelpy.status import Node
 from flannelpy.verdict import Verdict
@@ -121,14 +123,20 @@ def _counts(health: Health, packets: Mapping[str, int]) -> Iterator[Family]:
         ("action", "object", "noticed"),
         repairs,
     )
-    times: dict[tuple[str, ...], float] = {}
-    total = 0
-    for bound in HEAL_SECONDS:
-        total += metrics.heal_times[bound]
-        times[f"{bound:g}",] = total
-    times["+Inf",] = total + metrics.heal_times[float("inf")]
-    times["sum",] = metrics.heal_seconds
+    times = _classes(metrics.heal_times, HEAL_SECONDS, metrics.heal_seconds)
     yield Family("repair_duration_seconds", HISTOGRAM, "From a damage's notice to its repair.", (), times)
+    probes: Series = {(result,): count for result, count in metrics.probes.items()}
+    yield Family("probes", COUNTER, "Probes of peers: reached, or the layer at fault.", ("result",), probes)
+    rtts = _classes(metrics.rtts, RTT_SECONDS, metrics.rtt_seconds)
+    yield Family("peer_rtt_seconds", HISTOGRAM, "Round trips to peers through the overlay.", (), rtts)
+    unreached = Counter(health.unreached.values())
+    yield Family(
+        "unreached_peers",
+        GAUGE,
+        "Peers that do not answer (all) probes, by the layer at fault.",
+        ("layer",),
+        {(layer,): unreached[layer] for layer in MEANING},
+    )
     yield Family(
         "unexplained_packets",
         COUNTER,
@@ -145,6 +153,18 @@ def _counts(health: Health, packets: Mapping[str, int]) -> Iterator[Family]:
         }
         yield Family("forwarder_packets", COUNTER, "udp: packets carried.", ("direction",), carried)
         yield Family("forwarder_drops", COUNTER, "udp: packets dropped, by reason.", ("reason",), dropped)
+
+
+def _classes(counted: Mapping[float, int], bounds: Sequence[float], total: float) -> Series:
+    """Of a histogram: each class holds the smaller ones, too."""
+    found: dict[tuple[str, ...], float] = {}
+    count = 0
+    for bound in bounds:
+        count += counted.get(bound, 0)
+        found[f"{bound:g}",] = count
+    found["+Inf",] = count + counted.get(float("inf"), 0)
+    found["sum",] = total
+    return found
 
 
 _CARRIED = ("sent_packets", "received_packets")

@@ -285,6 +285,8 @@ TABLE = (
          "Their port; 0 means that they are off."),
     Flag("readyz-missing-peers", HEALTH, "10", integer(0, 100, "must be 0 to 100 percent"), "PERCENT",
          "/readyz says no when more of the peers than this are missing in the kernel for 10 seconds."),
+    Flag("peer-probes", HEALTH, "true", read_boolean, "",
+         "Ask peers by ICMP echo whether they are reached, and name the layer at fault (vxlan, udp)."),
     Flag("v", LOGGING, "0", read_integer, "N",
          "0 logs what an operator wants to know; 1 and more logs every decision."),
     Flag("vmodule", LOGGING, "", read_vmodule, "LIST",

@@ -40,6 +40,8 @@ class Health:
         """Peers that are programmed, or will be with the next pass."""
         self.missing: dict[str, float] = {}
         """Key of a peer that the kernel has not whole -> since when, on the loop's clock."""
+        self.unreached: dict[tuple[str, bytes], str] = {}
+        """(key, overlay address) of a peer that does not answer (all) probes -> the layer at fault."""
         self.refused: dict[str, str] = {}
         """Key -> why (a part of) this peer is not programmed."""
         self.unreadable: dict[str, str] = {}

@@ -75,6 +75,10 @@ class Knowledge:
         """Every record that counts."""
         return tuple(self._leases.known.values())
 
+    def has(self, key: str) -> bool:
+        """Whether there is a record of this key."""
+        return key in self._leases.known
+
     def held(self) -> tuple[Lease, ...]:
         """The peers without a record."""
         return tuple(one.lease for one in self._leases.held.values())

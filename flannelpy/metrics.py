@@ -9,6 +9,10 @@ HEAL_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 """Upper bounds of the classes in which times of repairs are counted."""
 
 
+RTT_SECONDS = (0.0005, 0.001, 0.005, 0.02, 0.1, 0.5)
+"""The same of round trip times."""
+
+
 class Repair(NamedTuple):
     """Something that somebody else had damaged was put right."""
 
@@ -44,6 +48,12 @@ class Metrics:
         self.last_repair: Repair | None = None
         self.last_repair_at = 0.0
         """Seconds since 1970."""
+        self.probes: Counter[str] = Counter()
+        """"reached" or the layer at fault -> probes of peers."""
+        self.rtts: Counter[float] = Counter()
+        """Upper bound of a class (infinity for the last one) -> answers that took no longer."""
+        self.rtt_seconds = 0.0
+        """The sum of all round trip times."""
         self.stranger_packets = 0
         """Encapsulated packets that no lease explains."""
         self.natted_packets = 0
@@ -53,7 +63,17 @@ class Metrics:
         """Count what a repair did: an item of `kinds` for each operation."""
         noticed = "resync" if repair.cause == "resync" else "announced"
         self.repairs.update((kind, noticed) for kind in kinds)
-        bound = next((one for one in HEAL_SECONDS if repair.seconds <= one), float("inf"))
-        self.heal_times[bound] += 1
+        self.heal_times[_class(repair.seconds, HEAL_SECONDS)] += 1
         self.heal_seconds += repair.seconds
         self.last_repair, self.last_repair_at = repair, time.time()
+
+    def note_probe(self, rtt: float | None, fault: str | None) -> None:
+        """Count a probe of a peer: seconds to its answer, and the layer at fault."""
+        self.probes[fault or "reached"] += 1
+        if rtt is not None:
+            self.rtts[_class(rtt, RTT_SECONDS)] += 1
+            self.rtt_seconds += rtt
+
+
+def _class(seconds: float, bounds: Iterable[float]) -> float:
+    return next((one for one in bounds if seconds <= one), float("inf"))

@@ -26,9 +26,11 @@ from flannelpy.model.kernel import Link, Notice, Scope, Shaken
 from flannelpy.model.lease import Delta, Lease, LeaseAttrs, Snapshot, same_node
 from flannelpy.model.leftover import leftover_devices, leftover_routes
 from flannelpy.model.peer_filter import fate, port_of
+from flannelpy.model.probe import targets
 from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import RuleSet, Wishes, rules
 from flannelpy.model.uplink import DefaultRoute, Interface, NoUplink, Uplink, Wish, choose
+from flannelpy.probes import Pinger, Probes, Situation
 from flannelpy.reconcile import Kernel, Reconciler
 from flannelpy.rules import Firewall, Rules
 from flannelpy.state_file import Memory, Origin
@@ -115,6 +117,8 @@ class Parts(NamedTuple):
     peer_filter: FilterTable | None
     enforce: bool
     """The operator wants the filter to drop what no lease explains."""
+    open_pinger: Callable[[], Pinger] | None
+    """Sends probes to peers; None = they are off."""
     on_ready: Callable[[str], None]
     """Told, in one line, when the node is ready."""
     health: Health
@@ -205,6 +209,8 @@ class Node:
                 tasks.create_task(self._strangers.run(), name="keep the peer filter")
             tasks.create_task(self._claim.keep(), name="keep the lease")
             tasks.create_task(self._tell_ready(reconciler, own), name="tell when ready")
+            if parts.open_pinger is not None and parts.backend.devices:
+                tasks.create_task(self._probe_peers(reconciler, parts.open_pinger), name="probe the peers")
             knowledge = self._knowledge
             tasks.create_task(knowledge.follow_config(self._own), name="follow the config")
             tasks.create_task(knowledge.keep_copy(self._own, parts.save), name="keep a copy")
@@ -319,6 +325,20 @@ class Node:
         devices = ", ".join(parts.backend.own(own, self._facts).links)
         parts.on_ready(f"{own.key}{' on ' if devices else ''}{devices}, {parts.health.peers} peers")
         self._warn_of_overlaps(own)
+
+    async def _probe_peers(self, reconciler: Reconciler, open_pinger: Callable[[], Pinger]) -> None:
+        await reconciler.first_pass_done.wait()
+        await Probes(open_pinger, self._situation, self._parts.health, self._parts.random).run()
+
+    def _situation(self) -> Situation:
+        own, known, refused = self._claim.own, self._knowledge, self._parts.health.refused
+        peers = [lease for lease in known.all_leases() if lease.key not in refused]
+        return Situation(
+            [] if own is None else targets(peers, own),
+            known.has,
+            self._parts.backend.mtu(self._facts),
+            self._facts.uplink.mtu,
+        )
 
     # --- facts -------------------------------------------------------------------------------------------
 

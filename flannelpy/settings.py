@@ -69,6 +69,7 @@ class Settings(NamedTuple):
     """0 or less: off."""
     readyz_missing_peers: int
     """Percent."""
+    peer_probes: bool
     v: int
     vmodule: tuple[tuple[str, int], ...]
     """(glob on the stem of a source file, verbosity)."""

@@ -12,6 +12,7 @@ from flannelpy.health import Health
 from flannelpy.model.address import format_address
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease
+from flannelpy.model.probe import MEANING
 from flannelpy.model.subnet import pool_size
 from flannelpy.model.uplink import Uplink
 from flannelpy.verdict import Verdict
@@ -116,6 +117,7 @@ def _peers(node: Node, health: Health) -> dict[str, Any]:
         "refused": len(health.refused),
         "unreadable": len(health.unreadable),
         "held": health.held,
+        "unreached": len({key for key, _address in health.unreached}),
         "troubled": [
             _peer(key, lease, *troubled[key]) for key, lease in _named(known, list(troubled)[:_LISTED])
         ],
@@ -125,7 +127,9 @@ def _peers(node: Node, health: Health) -> dict[str, Any]:
 def _troubled(node: Node, health: Health) -> dict[str, tuple[str, str | None]]:
     """Key -> (state, reason) of the peers that are not as they should be; the worst state counts."""
     held = {lease.key: ("held", "it has no record in the store's new history") for lease in node.held}
+    layers = {key: layer for (key, _address), layer in health.unreached.items()}
     return {
+        **{key: ("unreached", f"{layer}: {MEANING[layer]}") for key, layer in layers.items()},
         **held,
         **{key: ("unreadable", reason) for key, reason in health.unreadable.items()},
         **{key: ("refused", reason) for key, reason in health.refused.items()},

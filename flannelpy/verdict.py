@@ -55,6 +55,9 @@ def judge(health: Health, now: float, percent: int) -> Verdict:
     if missing:
         text = f"{len(missing)} of {health.peers} peers are not in the kernel: {_named(missing)}"
         (faults if len(missing) * 100 > percent * health.peers else flaws).append(text)
+    if health.unreached:
+        keys = sorted({f"{key} ({layer})" for (key, _address), layer in health.unreached.items()})
+        flaws.append(f"{len(keys)} peers do not answer (all) probes: {_named(keys)}")
     if health.store_trouble is not None:
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(health.store_trouble_since))
         flaws.append(f"{health.store_trouble}; the network goes on with what was known at {since}")

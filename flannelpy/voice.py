@@ -24,6 +24,7 @@ class Voice:
         self.commands: dict[str, Callable[[], Any]] = {
             "status": lambda: status.document(self._now(), health, self._verdict()),
             "peers": lambda: status.peers(self._now(), health),
+            "probes": lambda: dict(health.metrics.probes),
         }
         """For the control socket."""
         self.pages: endpoints.Pages = {

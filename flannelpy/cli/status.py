@@ -124,7 +124,8 @@ def _facts(found: dict[str, Any], now: float) -> list[tuple[str, str]]:
 
 def _peer_counts(peers: dict[str, Any]) -> str:
     words = [f"{peers['programmed']} programmed of {peers['leases']}"]
-    words += [f"{peers[kind]} {kind}" for kind in ("missing", "refused", "held", "unreadable") if peers[kind]]
+    kinds = ("missing", "unreached", "refused", "held", "unreadable")
+    words += [f"{peers[kind]} {kind}" for kind in kinds if peers[kind]]
     return ", ".join(words)
 
 

@@ -86,6 +86,7 @@ class Machine:
             blackhole=False,
             peer_filter=None,
             enforce=False,
+            open_pinger=None,
             on_ready=lambda _text: None,
             health=Health(),
             random=Random(number),

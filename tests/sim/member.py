@@ -311,6 +311,7 @@ class Member:
             blackhole=False,
             peer_filter=None,
             enforce=False,
+            open_pinger=None,
             on_ready=lambda text: world.note(f"{self} ready: {text}"),
             health=self.health,
             random=Random(world.random.random()),

@@ -44,6 +44,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "healthz-ip": ("127.0.0.1", "127.0.0.1"),
     "healthz-port": ("-1", -1),
     "readyz-missing-peers": ("25", 25),
+    "peer-probes": ("false", False),
     "v": ("10", 10),
     "vmodule": ("etcd*=2,,plan=0", (("etcd*", 2), ("plan", 0))),
     "log_backtrace_at": ("plan.py:12", ("plan.py", 12)),

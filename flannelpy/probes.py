@@ -1,0 +1,166 @@
+"""The loop that asks peers whether they are there, and tells which layer is at fault when they are not.
+
+However many peers there are, no more than `_PER_SECOND` are asked a second. Each round asks all of them, in
+an order that is another one on each node and in each round. A peer that does not answer is asked again a
+little later: then it is said, and it is asked so until it answers.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from random import Random
+from typing import NamedTuple, Protocol
+
+from flannelpy.health import Health
+from flannelpy.model.address import Address, format_address
+from flannelpy.model.probe import MEANING, Heard, Target, fault
+
+log = logging.getLogger(__name__)
+
+_PER_SECOND = 4.0
+"""Peers that are asked, at most: two packets each, if all is well."""
+_ROUND_SECONDS = 10.0
+"""A round over all peers takes at least so long."""
+_AGAIN_SECONDS = 5.0
+"""Until one that did not answer is asked again, at least."""
+_ANSWER_SECONDS = 1.0
+_TRIES = 3
+"""Packets without an answer before a layer is held to be at fault."""
+_NAMED = 5
+"""Peers that are named one by one when many fail within a round."""
+_SMALL = 84
+"""Bytes of a packet such as ping's."""
+
+
+class Pinger(Protocol):
+    """Sends echo requests; `kernel.echo.Echo` is the real one."""
+
+    async def ask(self, address: Address, size: int, seconds: float) -> float | None:
+        """The round trip time of a packet of `size` bytes; None without an answer."""
+        ...
+
+    def close(self) -> None:
+        """No more of them."""
+        ...
+
+
+class Situation(NamedTuple):
+    """What there is to probe now."""
+
+    targets: list[Target]
+    is_here: Callable[[str], bool]
+    """Whether there still is a peer of this key: cheap."""
+    overlay_mtu: int
+    underlay_mtu: int
+
+
+class Probes:
+    """Owned by one node; `look` tells the situation afresh."""
+
+    def __init__(
+        self, open_pinger: Callable[[], Pinger], look: Callable[[], Situation], health: Health, random: Random
+    ) -> None:
+        self._open = open_pinger
+        self._look = look
+        self._health = health
+        self._random = random
+        self._unreached: dict[Target, float] = {}
+        """When each was asked last, on the loop's clock."""
+        self._named = 0
+        """In this round."""
+
+    async def run(self) -> None:
+        """Ask one after the other, for ever; at once the end, said, where that is not allowed."""
+        try:
+            pinger = self._open()
+        except OSError as error:
+            log.info("peers are not probed: %s; CAP_NET_RAW is needed", error.strerror or error)
+            return
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._ask_all(pinger))
+                tasks.create_task(self._ask_again(pinger))
+        finally:
+            pinger.close()
+
+    async def _ask_all(self, pinger: Pinger) -> None:
+        """Round after round."""
+        loop = asyncio.get_running_loop()
+        while True:
+            round_end = loop.time() + _ROUND_SECONDS
+            now = self._look()
+            pause = max(1 / _PER_SECOND, _ROUND_SECONDS / max(1, len(now.targets)))
+            for target in self._random.sample(now.targets, len(now.targets)):
+                turn_end = loop.time() + pause * self._random.uniform(0.8, 1.2)
+                if now.is_here(target.key) and target not in self._unreached:
+                    self._note(target, await self._probe(pinger, target, now))
+                await asyncio.sleep(turn_end - loop.time())
+            self._end_of_round()
+            await asyncio.sleep(round_end - loop.time())
+
+    async def _ask_again(self, pinger: Pinger) -> None:
+        """Those that did not answer, the one that was asked first before the others."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(1.0)
+            if not self._unreached:
+                continue
+            now = self._look()
+            self._forget(now)
+            target, asked = min(self._unreached.items(), key=lambda item: item[1], default=(None, 0.0))
+            if target is not None and loop.time() - asked >= _AGAIN_SECONDS:
+                self._note(target, await self._probe(pinger, target, now))
+
+    async def _probe(self, pinger: Pinger, target: Target, now: Situation) -> Heard:
+        async def ask(address: Address, size: int) -> float | None:
+            for _try in range(_TRIES):
+                heard = await pinger.ask(address, size, _ANSWER_SECONDS)
+                if heard is not None:
+                    return heard
+            return None
+
+        overlay = await ask(target.overlay, _SMALL)
+        if overlay is None:
+            return Heard(None, underlay=await ask(target.underlay, _SMALL))
+        full = await ask(target.overlay, now.overlay_mtu)
+        if full is None:
+            return Heard(overlay, None, underlay_full=await ask(target.underlay, now.underlay_mtu))
+        return Heard(overlay, full)
+
+    def _note(self, target: Target, heard: Heard) -> None:
+        unreached, place = self._health.unreached, (target.key, target.overlay)
+        layer, before = fault(heard), unreached.get(place)
+        if layer is not None:
+            suspected = target in self._unreached
+            self._unreached[target] = asyncio.get_running_loop().time()
+            if not suspected:
+                return  # it may be about to start: only the second time counts
+            unreached[place] = layer
+        else:
+            self._unreached.pop(target, None)
+            unreached.pop(place, None)
+        self._health.metrics.note_probe(heard.overlay, layer)
+        if layer == before:
+            return
+        where = f"peer {target.key} ({format_address(target.overlay)}, {format_address(target.underlay)})"
+        if layer is None:
+            self._say(logging.INFO, f"{where} is reached again")
+        else:
+            self._say(logging.WARNING, f"{where} is not reached (all): {layer}: {MEANING[layer]}")
+
+    def _say(self, level: int, text: str) -> None:
+        self._named += 1
+        if self._named <= _NAMED:
+            log.log(level, "%s", text)
+
+    def _end_of_round(self) -> None:
+        if self._named > _NAMED:
+            log.warning("and %d more peers that are reached or not; %d are not (all)",
+                        self._named - _NAMED, len(self._health.unreached))  # fmt: skip
+        self._named = 0
+
+    def _forget(self, now: Situation) -> None:
+        """Peers that are gone are no trouble any more."""
+        for target in [one for one in self._unreached if not now.is_here(one.key)]:
+            del self._unreached[target]
+            self._health.unreached.pop((target.key, target.overlay), None)

@@ -1,0 +1,106 @@
+"""Peers are asked whether they are there: real daemons, and what is broken between them."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from flannelpy import control
+from flannelpy.cli.lab import Lab, Node
+from flannelpy.cli.processes import run, wait_ready, wait_until
+from tests.netns.nodes import DUAL, PROGRAM, V4, cluster, log_of, wait_for_log
+
+pytestmark = [pytest.mark.root, pytest.mark.etcd]
+
+
+def probed(node: Node) -> dict[str, int]:
+    """Layer at fault -> peers."""
+    found = control.ask(control.path_for(str(node.subnet_file)), "status")["peers"]["troubled"]
+    layers = [one["reason"].partition(":")[0] for one in found if one["state"] == "unreached"]
+    return {layer: layers.count(layer) for layer in layers}
+
+
+def counted(node: Node) -> dict[str, Any]:
+    found: dict[str, Any] = control.ask(control.path_for(str(node.subnet_file)), "probes")
+    return found
+
+
+def drop(node: Node, *words: str) -> Callable[[], object]:
+    """Drop what comes in; the way back."""
+    run("iptables", "-I", "INPUT", *words, "-j", "DROP", netns=node.netns)
+    return partial(run, "iptables", "-D", "INPUT", *words, "-j", "DROP", netns=node.netns)
+
+
+@pytest.mark.parametrize("config", [DUAL, {**V4, "Backend": {"Type": "udp"}}], ids=["vxlan", "udp"])
+def test_a_healthy_network_is_reached_and_says_nothing(
+    make_lab: Callable[..., Lab], config: dict[str, Any]
+) -> None:
+    lab = make_lab(ipv6=True)
+    lab.start_etcd()
+    lab.put_config(config)
+    nodes = [lab.add_node() for _number in range(3)]
+    wait_ready([lab.start_daemon(node) for node in nodes])
+    for node in nodes:
+        assert node.daemon is not None
+        wait_until(lambda node=node: counted(node).get("reached", 0) >= 4, "probes", 30)  # type: ignore[misc]
+        assert set(counted(node)) == {"reached"}
+        assert probed(node) == {}
+        assert "is not reached" not in log_of(node.daemon)
+
+
+def test_the_layer_at_fault_is_named_and_the_end_of_it(lab: Lab) -> None:
+    """Four peers at a time: one behind a closed port, one that is cut off, and two with too small an MTU."""
+    lab.put_config(V4)
+    one, *others = [lab.add_node() for _number in range(5)]
+    wait_ready([lab.start_daemon(node) for node in lab.nodes])
+    assert one.daemon is not None
+    wait_until(lambda: counted(one).get("reached", 0) >= 4, "probes", 30)
+    faults = {
+        "encapsulation": ("-p", "udp", "--dport", "8472"),
+        "underlay": ("-s", str(one.address)),
+        "mtu": ("-p", "udp", "--dport", "8472", "-m", "length", "--length", "1400:"),
+        "underlay mtu": ("-m", "length", "--length", "1400:"),
+    }
+    undo = [drop(node, *words) for node, words in zip(others, faults.values(), strict=True)]
+    wait_until(lambda: probed(one) == dict.fromkeys(faults, 1), "the faults", 60)
+    for back in undo:
+        back()
+    wait_until(lambda: probed(one) == {}, "the end of them", 60)
+    text = log_of(one.daemon)
+    for node, layer in zip(others, faults, strict=True):
+        key = node.subnet_env()["FLANNEL_SUBNET"].replace(".1/", ".0-")
+        assert len(re.findall(rf"peer {key} .* is not reached \(all\): {layer}: ", text)) == 1, text
+        assert len(re.findall(rf"peer {key} .* is reached again", text)) == 1, text
+
+
+def test_a_host_that_is_down_is_named_and_takes_no_readiness_away(lab: Lab) -> None:
+    one, two = cluster(lab, V4)
+    assert one.daemon is not None
+    run("ip", "link", "set", "eth0", "down", netns=two.netns)
+    wait_for_log(one.daemon, "is not reached (all): underlay", 40)
+    found = control.ask(control.path_for(str(one.subnet_file)), "status")
+    assert (found["state"], found["faults"]) == ("degraded", [])
+    assert "1 peers do not answer (all) probes" in found["flaws"][0]
+    # Its lease goes, and the trouble with it.
+    key = two.subnet_env()["FLANNEL_SUBNET"].replace(".1/", ".0-")
+    lab.etcdctl("del", f"/coreos.com/network/subnets/{key}")
+    wait_until(lambda: probed(one) == {}, "it is forgotten", 20)
+
+
+def test_one_flag_turns_them_off(lab: Lab) -> None:
+    lab.put_config(V4)
+    node = lab.add_node()
+    wait_ready([lab.start_daemon(node, flags=["--peer-probes=false"])])
+    sockets = run("ss", "--raw", "-n", "-H", netns=node.netns)
+    assert "icmp" not in sockets
+    assert counted(node) == {}
+
+
+def test_without_the_privilege_that_is_said_once(lab: Lab) -> None:
+    lab.put_config(V4)
+    node = lab.add_node()
+    daemon = lab.start_daemon(node, ("setpriv", "--bounding-set=-net_raw", "--inh-caps=-net_raw", *PROGRAM))
+    wait_for_log(daemon, "peers are not probed: Operation not permitted; CAP_NET_RAW is needed", 20)
+    wait_ready([daemon])
