@@ -6,80 +6,41 @@ Everything that touches the outside comes in from `daemon.py`, so a simulation c
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Container, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from functools import partial
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from flannelpy import status, subnet_env
-from flannelpy.backend import Backend, Facts
+from flannelpy import status, subnet_env, surroundings
+from flannelpy.backend import Backend
 from flannelpy.claim import Claim, Telling
-from flannelpy.errors import UplinkError
 from flannelpy.health import Health
 from flannelpy.knowledge import Knowledge
-from flannelpy.model.address import Address, Prefix, format_address
-from flannelpy.model.address import host as host_prefix
-from flannelpy.model.config import NetworkConfig, overlap_warnings
+from flannelpy.model.address import Address
+from flannelpy.model.config import NetworkConfig
 from flannelpy.model.identity import Identity
-from flannelpy.model.kernel import Link, Notice, Scope, Shaken
-from flannelpy.model.lease import Delta, Lease, LeaseAttrs, Snapshot, same_node
-from flannelpy.model.leftover import leftover_devices, leftover_routes
+from flannelpy.model.kernel import Shaken
+from flannelpy.model.lease import Delta, Lease, Snapshot, same_node
+from flannelpy.model.leftover import leftover_routes
 from flannelpy.model.peer_filter import fate, port_of
 from flannelpy.model.probe import targets
 from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import RuleSet, Wishes, rules
-from flannelpy.model.uplink import DefaultRoute, Interface, NoUplink, Uplink, Wish, choose
+from flannelpy.model.uplink import Wish
 from flannelpy.probes import Pinger, Probes, Situation
-from flannelpy.reconcile import Kernel, Reconciler
+from flannelpy.reconcile import Reconciler
 from flannelpy.rules import Firewall, Rules
 from flannelpy.state_file import Memory, Origin
 from flannelpy.store import TTL_SECONDS, Store
 from flannelpy.strangers import Strangers
 from flannelpy.strangers import Table as FilterTable
+from flannelpy.surroundings import Host, Surroundings
 
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 5.0
 """How long a start waits for the store before it goes on with what an earlier life has saved."""
-_LOOK_AGAIN_SECONDS = 3.0
-"""While there is no uplink: between two looks for one."""
-
-
-class Host(Kernel, Protocol):
-    """The machine: what the reconciler needs of it, and what there is to know about it."""
-
-    def subscribe(self) -> None:
-        """Begin to listen for changes, before anything is read."""
-        ...
-
-    def changes(self) -> AsyncGenerator[list[Notice], None]:
-        """What is announced, for ever."""
-        ...
-
-    def interfaces(self) -> list[Interface]:
-        """All links with their addresses."""
-        ...
-
-    def links(self, names: Container[str]) -> Mapping[str, Link]:
-        """The devices of these names that there are."""
-        ...
-
-    def default_routes(self) -> list[DefaultRoute]:
-        """The default routes of the main table."""
-        ...
-
-    def routed(self) -> list[tuple[str, Prefix]]:
-        """(device, destination) of the main table's other routes."""
-        ...
-
-    def packets(self) -> Mapping[str, int]:
-        """Name of a count -> packets that our forwarders carried or dropped; empty where there is none."""
-        ...
-
-    def route_to(self, address: Address) -> tuple[int, Address] | None:
-        """(output device's index, source address) on the way to an address."""
-        ...
 
 
 class Parts(NamedTuple):
@@ -133,7 +94,16 @@ class Node:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         parts.host.subscribe()
-        self._facts = self._first_facts()
+        self._around = Surroundings(
+            parts.host,
+            parts.backend,
+            parts.config,
+            parts.wish,
+            parts.host_id,
+            parts.store_hosts,
+            parts.previous,
+            surroundings.Telling(lambda: self._claim.publish(), self._look_for_uplink),
+        )
         self._knowledge = Knowledge(
             parts.store,
             parts.config,
@@ -147,12 +117,12 @@ class Node:
         self._claim = Claim(
             parts.store,
             parts.config,
-            self._offer,
+            self._around.offer,
             parts.previous,
             parts.margin_minutes,
             parts.random,
             parts.health,
-            parts.us._replace(uplink=_shown(self._facts.uplink)),
+            parts.us._replace(uplink=surroundings.shown(self._around.facts.uplink)),
             Telling(self._moved, self._knowledge.asking, self._knowledge.written),
             self._knowledge.held,
         )
@@ -162,7 +132,6 @@ class Node:
         self._traffic = parts.traffic
         self._enable_nftables = parts.config.enable_nftables
         self._env = ""
-        self._looking_again = False
         self._hold: asyncio.TimerHandle | None = None
         """When the held peers are let go."""
 
@@ -175,12 +144,12 @@ class Node:
             parts.host,
             parts.backend,
             parts.config,
-            self._facts,
+            self._around.facts,
             own,
-            self._scope(own),
+            self._around.scope(own),
             parts.health,
             parts.random,
-            self._learn,
+            self._around.learn,
             from_memory=from_memory,
             blackhole=parts.blackhole,
         )
@@ -225,7 +194,7 @@ class Node:
         former -= {parts.config.network, parts.config.network6, None}
         if not former:
             return
-        observed = parts.host.observe(self._scope(own))
+        observed = parts.host.observe(self._around.scope(own))
         ops = leftover_routes(
             observed, filter(None, former), filter(None, (parts.config.network, parts.config.network6))
         )
@@ -248,7 +217,9 @@ class Node:
         """The node as it is."""
         parts, known = self._parts, self._knowledge
         leases = {lease.key: lease for lease in known.all_leases()}
-        return status.Node(parts.config, parts.backend, self._facts, self._claim.own, leases, known.held())
+        return status.Node(
+            parts.config, parts.backend, self._around.facts, self._claim.own, leases, known.held()
+        )
 
     def packets(self) -> Mapping[str, int]:
         """What a forwarder has counted; empty where there is none."""
@@ -293,7 +264,7 @@ class Node:
         return (
             memory.is_valid_at(self._parts.wall_clock())
             and _is_inside(self._parts.config, own)
-            and same_node(own.attrs, self._offer(own, ()))
+            and same_node(own.attrs, self._around.offer(own, ()))
         )
 
     def _own(self) -> Lease | None:
@@ -307,7 +278,7 @@ class Node:
                 if own is not None:
                     reconciler.offer(self._knowledge.take_in(update, own))
                 if self._strangers is not None:
-                    uplink, known = self._facts.uplink, self._knowledge
+                    uplink, known = self._around.facts.uplink, self._knowledge
                     here = (uplink.address, uplink.address6)
                     self._strangers.offer(here, (*known.all_leases(), *known.held()))
                 if isinstance(update, Snapshot) and update.new_history:
@@ -322,9 +293,9 @@ class Node:
         await reconciler.first_pass_done.wait()
         parts = self._parts
         parts.health.ready = True
-        devices = ", ".join(parts.backend.own(own, self._facts).links)
+        devices = ", ".join(parts.backend.own(own, self._around.facts).links)
         parts.on_ready(f"{own.key}{' on ' if devices else ''}{devices}, {parts.health.peers} peers")
-        self._warn_of_overlaps(own)
+        self._around.warn_of_overlaps(own)
 
     async def _probe_peers(self, reconciler: Reconciler, open_pinger: Callable[[], Pinger]) -> None:
         await reconciler.first_pass_done.wait()
@@ -336,130 +307,15 @@ class Node:
         return Situation(
             [] if own is None else targets(peers, own),
             known.has,
-            self._parts.backend.mtu(self._facts),
-            self._facts.uplink.mtu,
+            self._parts.backend.mtu(self._around.facts),
+            self._around.facts.uplink.mtu,
         )
 
-    # --- facts -------------------------------------------------------------------------------------------
+    # --- changes -----------------------------------------------------------------------------------------
 
-    def _first_facts(self) -> Facts:
-        parts = self._parts
-        try:
-            uplink, reason = self._choose_uplink()
-            facts = Facts(uplink, parts.host.links(parts.backend.devices), host_id=parts.host_id)
-            parts.backend.mtu(facts)
-        except ValueError as error:  # NoUplink is one
-            raise UplinkError(str(error)) from None
-        log.info("uplink %s", reason)
-        return facts._replace(protected=self._protected(uplink))
-
-    def _protected(self, uplink: Uplink) -> tuple[tuple[str, Prefix], ...]:
-        """What no peer's subnet may contain: the uplink's own addresses, and the datastore."""
-        parts = self._parts
-        own = [
-            (f"{format_address(address.prefix.address)}, an address of {link.name}", address.prefix.address)
-            for link in parts.host.interfaces()
-            if link.ifindex == uplink.ifindex
-            for address in link.addresses
-        ]
-        store = [(f"{format_address(one)}, where the store is", one) for one in parts.store_hosts]
-        return tuple((words, host_prefix(address)) for words, address in (*own, *store))
-
-    def _choose_uplink(self) -> tuple[Uplink, str]:
-        parts = self._parts
-        return choose(
-            parts.wish,
-            parts.config.enable_ipv4,
-            parts.config.enable_ipv6,
-            parts.host.interfaces(),
-            parts.host.default_routes(),
-            parts.host.route_to,
-        )
-
-    def _learn(self, facts: Facts) -> Facts:
-        """The facts afresh, after something happened to the uplink. Without a usable one they stay.
-
-        An uplink is kept for as long as its interface has its addresses: a second address, or another default
-        route, is no reason to move the overlay.
-        """
-        kept = self._kept(facts.uplink)
-        try:
-            uplink, reason = (kept, f"{kept.name}, MTU {kept.mtu}") if kept else self._choose_uplink()
-            now = facts._replace(uplink=uplink, protected=self._protected(uplink))
-            self._parts.backend.mtu(now)
-        except NoUplink as error:
-            log.debug("no uplink for the moment: %s", error)
-            self._look_again()
-            return facts
-        except ValueError as error:
-            log.warning("the uplink cannot carry the overlay any more: %s", error)
-            return facts
-        self._facts = now
-        if uplink != facts.uplink:
-            log.warning("the uplink changed: %s", reason)
-            self._claim.publish()
-        return now
-
-    def _look_again(self) -> None:
-        """Not all that makes an uplink is announced: a default route that follows a new address, say."""
-
-        def shake() -> None:
-            self._looking_again = False
-            if self._reconciler is not None:
-                self._reconciler.offer([Shaken("there was no uplink")])
-
-        if not self._looking_again:
-            self._looking_again = True
-            asyncio.get_running_loop().call_later(_LOOK_AGAIN_SECONDS, shake)
-
-    def _kept(self, uplink: Uplink) -> Uplink | None:
-        """The uplink under its name and MTU of now; None if its interface or one of its addresses is gone."""
-        wanted = {address for address in (uplink.address, uplink.address6) if address is not None}
-        for interface in self._parts.host.interfaces():
-            if interface.ifindex == uplink.ifindex:
-                found = {address.prefix.address for address in interface.addresses}
-                if wanted <= found:
-                    return uplink._replace(name=interface.name, mtu=interface.mtu)
-        return None
-
-    def _offer(self, remembered: Lease | None, others: Sequence[Lease]) -> LeaseAttrs:
-        backend = self._parts.backend
-        self._facts = self._facts._replace(links=self._parts.host.links(backend.devices))
-        try:
-            attrs, warnings = backend.attrs(self._facts, remembered, others)
-        except ValueError as error:
-            raise UplinkError(str(error)) from None
-        for warning in warnings:
-            log.warning("%s", warning)
-        return attrs
-
-    def _scope(self, own: Lease) -> Scope:
-        parts = self._parts
-        config, previous = parts.config, parts.previous
-        networks = (config.network, config.network6, previous.network, previous.network6)
-        subnets = [*own.subnets(), *filter(None, (previous.subnet, previous.subnet6))]
-        leftover = leftover_devices(parts.host.interfaces(), subnets, parts.backend.devices)
-        return Scope(
-            frozenset(parts.backend.devices) | leftover,
-            tuple(network for network in networks if network is not None),
-            takeover=tuple(
-                net for net in (config.network, config.network6) if net and parts.backend.follows_peers
-            ),
-            takeover_lengths=(config.subnet_len, config.subnet6_len),
-            takeover_blackholes=tuple(subnets),
-        )
-
-    def _warn_of_overlaps(self, own: Lease) -> None:
-        """The classic mistake: an overlay network that this host's own network is part of."""
-        parts = self._parts
-        addresses = [
-            (interface.name, address.prefix)
-            for interface in parts.host.interfaces()
-            for address in interface.addresses
-        ]
-        ours = frozenset(parts.backend.devices)
-        for warning in overlap_warnings(parts.config, addresses, parts.host.routed(), ours, own.subnets()):
-            log.warning("%s", warning)
+    def _look_for_uplink(self) -> None:
+        if self._reconciler is not None:
+            self._reconciler.offer([Shaken("there was no uplink")])
 
     def _hold_for_a_while(self) -> None:
         """Who has not written its record within a TTL is gone."""
@@ -495,7 +351,9 @@ class Node:
 
     def _write_subnet_env(self, own: Lease) -> None:
         parts = self._parts
-        text = subnet_env.render(parts.config, own, parts.backend.mtu(self._facts), parts.traffic.masquerade)
+        text = subnet_env.render(
+            parts.config, own, parts.backend.mtu(self._around.facts), parts.traffic.masquerade
+        )
         if text == self._env:
             return
         if self._env:
@@ -511,8 +369,3 @@ def _is_inside(config: NetworkConfig, lease: Lease) -> bool:
         network.contains(subnet) if network and subnet else network is subnet is None
         for network, subnet in pairs
     )
-
-
-def _shown(uplink: Uplink) -> str:
-    addresses = filter(None, (uplink.address, uplink.address6))
-    return " ".join([uplink.name, *map(format_address, addresses)])

@@ -39,7 +39,8 @@ def test_what_is_wrong_comes_first() -> None:
     assert json.loads(json.dumps(found)) == found, "plain values"
     assert found["state"] == "degraded"
     assert found["peers"] | {"troubled": 0} == {
-        "leases": 2, "programmed": 1, "missing": 0, "refused": 1, "unreadable": 1, "held": 0, "troubled": 0,
+        "leases": 2, "programmed": 1, "missing": 0, "refused": 1, "unreadable": 1, "held": 0, "unreached": 0,
+        "troubled": 0,
     }  # fmt: skip
     assert [one["state"] for one in peers(node(), health)] == ["refused", "unreadable", "programmed"]
     lines = command.lines(found, None, 3600.0)
