@@ -21,6 +21,8 @@ _PER_SECOND = 4.0
 """Peers that are asked, at most: two packets each, if all is well."""
 _ROUND_SECONDS = 10.0
 """A round over all peers takes at least so long."""
+_SETTLE_SECONDS = 3.0
+"""After a start: peers that do not know us yet would take probes for a stranger's."""
 _AGAIN_SECONDS = 5.0
 """Until one that did not answer is asked again, at least."""
 _ANSWER_SECONDS = 1.0
@@ -77,6 +79,7 @@ class Probes:
             log.info("peers are not probed: %s; CAP_NET_RAW is needed", error.strerror or error)
             return
         try:
+            await asyncio.sleep(_SETTLE_SECONDS)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._ask_all(pinger))
                 tasks.create_task(self._ask_again(pinger))
