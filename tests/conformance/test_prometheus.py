@@ -103,7 +103,7 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
 
 @needs_promtool
 def test_promtool_accepts_the_alerts() -> None:
-    assert "SUCCESS: 12 rules found" in promtool("check", "rules", str(RULES))
+    assert "SUCCESS: 13 rules found" in promtool("check", "rules", str(RULES))
 
 
 FIRES: dict[str, tuple[str, str]] = {
@@ -111,6 +111,7 @@ FIRES: dict[str, tuple[str, str]] = {
     "FlannelpyStuck": ('flannelpy_stuck{instance="a"}', "1"),
     "FlannelpyNotReady": ('flannelpy_ready{instance="a"}', "0"),
     "FlannelpyPeersMissing": ('flannelpy_peers{instance="a",state="missing"}', "2"),
+    "FlannelpyPeersUnreached": ('flannelpy_unreached_peers{instance="a",layer="mtu"}', "2"),
     "FlannelpyRecordsUnusable": ('flannelpy_peers{instance="a",state="refused"}', "1"),
     "FlannelpyStoreSilent": ('flannelpy_store_up{instance="a"}', "0"),
     "FlannelpyLeaseEndsSoon": ('flannelpy_lease_expiry_timestamp_seconds{instance="a"}', "2900"),
@@ -123,6 +124,7 @@ FIRES: dict[str, tuple[str, str]] = {
 WELL = {
     "up": "1", "stuck": "0", "ready": "1", "store_up": "1", "lease_conflict": "0", "rules_ok": "1",
     "lease_expiry": "90000", "peers": "0", "repairs": "3", "pool_used": "100", "unexplained": "0",
+    "unreached": "0",
 }  # fmt: skip
 
 
@@ -172,6 +174,7 @@ def firing(alert: str) -> dict[str, Any]:
     for mark, text in (
         ("{{ $labels.instance }}", "a"),
         ("{{ $labels.family }}", "ipv4"),
+        ("{{ $labels.layer }}", "mtu"),
         ("{{ $value | humanizePercentage }}", value),
         ("{{ $value }}", value),
     ):
