@@ -24,7 +24,7 @@ from flannelpy.model.kernel import Shaken
 from flannelpy.model.lease import Delta, Lease, Snapshot, same_node
 from flannelpy.model.leftover import leftover_routes
 from flannelpy.model.peer_filter import fate, port_of
-from flannelpy.model.probe import targets
+from flannelpy.model.probe import Target, targets
 from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import RuleSet, Wishes, rules
 from flannelpy.model.uplink import Wish
@@ -302,14 +302,14 @@ class Node:
         await Probes(open_pinger, self._situation, self._parts.health, self._parts.random).run()
 
     def _situation(self) -> Situation:
-        own, known, refused = self._claim.own, self._knowledge, self._parts.health.refused
-        peers = [lease for lease in known.all_leases() if lease.key not in refused]
-        return Situation(
-            [] if own is None else targets(peers, own),
-            known.has,
-            self._parts.backend.mtu(self._around.facts),
-            self._around.facts.uplink.mtu,
-        )
+        facts = self._around.facts
+        mtu = self._parts.backend.mtu(facts)
+        return Situation(self._probe_targets, self._knowledge.has, mtu, facts.uplink.mtu)
+
+    def _probe_targets(self) -> list[Target]:
+        own, refused = self._claim.own, self._parts.health.refused
+        peers = [lease for lease in self._knowledge.all_leases() if lease.key not in refused]
+        return [] if own is None else targets(peers, own)
 
     # --- changes -----------------------------------------------------------------------------------------
 

@@ -2,11 +2,13 @@
 
 However many peers there are, no more than `_PER_SECOND` are asked a second. Each round asks all of them, in
 an order that is another one on each node and in each round. A peer that does not answer is asked again a
-little later: then it is said, and it is asked so until it answers.
+little later: then it is said, and it is asked so until it answers. Of these, too, no more than `_PER_SECOND`
+are asked a second. Nobody waits for the silence of another: it takes seconds.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from random import Random
 from typing import NamedTuple, Protocol
@@ -49,7 +51,8 @@ class Pinger(Protocol):
 class Situation(NamedTuple):
     """What there is to probe now."""
 
-    targets: list[Target]
+    targets: Callable[[], list[Target]]
+    """All that may be asked; not cheap."""
     is_here: Callable[[str], bool]
     """Whether there still is a peer of this key: cheap."""
     overlay_mtu: int
@@ -67,12 +70,12 @@ class Probes:
         self._health = health
         self._random = random
         self._unreached: dict[Target, float] = {}
-        """When each was asked last, on the loop's clock."""
+        """When each is to be asked again, on the loop's clock; infinity while it is asked."""
         self._named = 0
         """In this round."""
 
     async def run(self) -> None:
-        """Ask one after the other, for ever; at once the end, said, where that is not allowed."""
+        """Ask, for ever; at once the end, said, where that is not allowed."""
         try:
             pinger = self._open()
         except OSError as error:
@@ -81,38 +84,43 @@ class Probes:
         try:
             await asyncio.sleep(_SETTLE_SECONDS)
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._ask_all(pinger))
-                tasks.create_task(self._ask_again(pinger))
+                tasks.create_task(self._ask_all(pinger, tasks))
+                tasks.create_task(self._ask_again(pinger, tasks))
         finally:
             pinger.close()
 
-    async def _ask_all(self, pinger: Pinger) -> None:
+    async def _ask_all(self, pinger: Pinger, tasks: asyncio.TaskGroup) -> None:
         """Round after round."""
         loop = asyncio.get_running_loop()
         while True:
             round_end = loop.time() + _ROUND_SECONDS
             now = self._look()
-            pause = max(1 / _PER_SECOND, _ROUND_SECONDS / max(1, len(now.targets)))
-            for target in self._random.sample(now.targets, len(now.targets)):
-                turn_end = loop.time() + pause * self._random.uniform(0.8, 1.2)
+            found = now.targets()
+            pause = max(1 / _PER_SECOND, _ROUND_SECONDS / max(1, len(found)))
+            for target in self._random.sample(found, len(found)):
                 if now.is_here(target.key) and target not in self._unreached:
-                    self._note(target, await self._probe(pinger, target, now))
-                await asyncio.sleep(turn_end - loop.time())
+                    tasks.create_task(self._ask(pinger, target, now))
+                await asyncio.sleep(pause * self._random.uniform(0.8, 1.2))
             self._end_of_round()
             await asyncio.sleep(round_end - loop.time())
 
-    async def _ask_again(self, pinger: Pinger) -> None:
-        """Those that did not answer, the one that was asked first before the others."""
+    async def _ask_again(self, pinger: Pinger, tasks: asyncio.TaskGroup) -> None:
+        """Those that did not answer, the one whose turn came first before the others."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(1 / _PER_SECOND)
             if not self._unreached:
                 continue
+            target, turn = min(self._unreached.items(), key=lambda item: item[1])
             now = self._look()
-            self._forget(now)
-            target, asked = min(self._unreached.items(), key=lambda item: item[1], default=(None, 0.0))
-            if target is not None and loop.time() - asked >= _AGAIN_SECONDS:
-                self._note(target, await self._probe(pinger, target, now))
+            if not now.is_here(target.key):
+                self._forget(now)
+            elif turn <= loop.time():
+                self._unreached[target] = math.inf
+                tasks.create_task(self._ask(pinger, target, now))
+
+    async def _ask(self, pinger: Pinger, target: Target, now: Situation) -> None:
+        self._note(target, await self._probe(pinger, target, now))
 
     async def _probe(self, pinger: Pinger, target: Target, now: Situation) -> Heard:
         async def ask(address: Address, size: int) -> float | None:
@@ -135,7 +143,7 @@ class Probes:
         layer, before = fault(heard), unreached.get(place)
         if layer is not None:
             suspected = target in self._unreached
-            self._unreached[target] = asyncio.get_running_loop().time()
+            self._unreached[target] = asyncio.get_running_loop().time() + _AGAIN_SECONDS
             if not suspected:
                 return  # it may be about to start: only the second time counts
             unreached[place] = layer
