@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from flannelpy import control
 from flannelpy.cli.lab import Lab
 from flannelpy.cli.processes import LabError, stop, wait_ready, wait_until
 from tests.netns.nodes import (
@@ -69,3 +70,14 @@ def test_the_lab_itself_is_sound(lab: Lab) -> None:
         lab.add_pod(one)
     assert lab.ping(one.netns, "10.5.1.1", count=1).received == 0
     assert lab.ping(one.netns, str(two.address), count=1).received == 1
+
+
+@needs_flannel
+def test_probes_reach_a_flannel_whose_kernel_answers(lab: Lab) -> None:
+    lab.put_config(V4)
+    ours, theirs = lab.add_node(), lab.add_node()
+    wait_ready([lab.start_daemon(theirs, [FLANNELD])])
+    wait_ready([lab.start_daemon(ours)])
+    path = control.path_for(str(ours.subnet_file))
+    wait_until(lambda: control.ask(path, "probes").get("reached", 0) >= 2, "answers of a flannel", 40)
+    assert set(control.ask(path, "probes")) == {"reached"}

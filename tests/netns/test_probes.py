@@ -27,6 +27,10 @@ def counted(node: Node) -> dict[str, Any]:
     return found
 
 
+def raw_sockets(node: Node) -> int:
+    return len(run("ss", "--raw", "--all", "-n", "-H", netns=node.netns).splitlines())
+
+
 def drop(node: Node, *words: str) -> Callable[[], object]:
     """Drop what comes in; the way back."""
     run("iptables", "-I", "INPUT", *words, "-j", "DROP", netns=node.netns)
@@ -91,11 +95,11 @@ def test_a_host_that_is_down_is_named_and_takes_no_readiness_away(lab: Lab) -> N
 
 def test_one_flag_turns_them_off(lab: Lab) -> None:
     lab.put_config(V4)
-    node = lab.add_node()
-    wait_ready([lab.start_daemon(node, flags=["--peer-probes=false"])])
-    sockets = run("ss", "--raw", "-n", "-H", netns=node.netns)
-    assert "icmp" not in sockets
-    assert counted(node) == {}
+    off, on = lab.add_node(), lab.add_node()
+    wait_ready([lab.start_daemon(off, flags=["--peer-probes=false"]), lab.start_daemon(on)])
+    wait_until(lambda: raw_sockets(on) == 2, "the sockets of one that probes")
+    assert raw_sockets(off) == 0
+    assert counted(off) == {}
 
 
 def test_without_the_privilege_that_is_said_once(lab: Lab) -> None:
