@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ _LONGEST_QUESTION = 4096
 _LONGEST_ANSWER = 64 << 20
 """10,000 peers take 3 MiB."""
 _SECONDS = 5.0
+_CREDENTIALS = struct.Struct("=iII")
 
 Commands = Mapping[str, Callable[[], Any]]
 """Name -> what is done; the answer must be JSON."""
@@ -85,11 +87,22 @@ def _done(commands: Commands, line: bytes) -> dict[str, Any]:
     return {"ok": command()}
 
 
-def ask(path: Path, command: str) -> Any:
+def holder(path: Path) -> int | None:
+    """The process that listens on the socket, answering or not; None if nobody does, or if we may not ask."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, suppress(OSError):
+        client.settimeout(_SECONDS)
+        client.connect(str(path))
+        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid: int = _CREDENTIALS.unpack(credentials)[0]
+        return pid
+    return None
+
+
+def ask(path: Path, command: str, seconds: float = _SECONDS) -> Any:
     """The daemon's answer. Raises FlannelpyError: no daemon, no permission, no such command."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.settimeout(_SECONDS)
+            client.settimeout(seconds)
             client.connect(str(path))
             client.sendall(json.dumps({"do": command}).encode() + b"\n")
             with client.makefile("rb") as file:

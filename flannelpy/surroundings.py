@@ -8,11 +8,10 @@ from typing import NamedTuple, Protocol
 from flannelpy.backend import Backend, Facts
 from flannelpy.errors import UplinkError
 from flannelpy.model.address import Address, Prefix, format_address
-from flannelpy.model.address import host as host_prefix
 from flannelpy.model.config import NetworkConfig, overlap_warnings
 from flannelpy.model.kernel import Link, Notice, Scope
 from flannelpy.model.lease import Lease, LeaseAttrs
-from flannelpy.model.leftover import leftover_devices
+from flannelpy.model.scope import protected_blocks, scope_of
 from flannelpy.model.subnet import Previous
 from flannelpy.model.uplink import DefaultRoute, Interface, NoUplink, Uplink, Wish, choose
 from flannelpy.reconcile import Kernel
@@ -104,15 +103,7 @@ class Surroundings:
         return facts._replace(protected=self._protected(uplink))
 
     def _protected(self, uplink: Uplink) -> tuple[tuple[str, Prefix], ...]:
-        """What no peer's subnet may contain: the uplink's own addresses, and the datastore."""
-        own = [
-            (f"{format_address(address.prefix.address)}, an address of {link.name}", address.prefix.address)
-            for link in self._host.interfaces()
-            if link.ifindex == uplink.ifindex
-            for address in link.addresses
-        ]
-        store = [(f"{format_address(one)}, where the store is", one) for one in self._store_hosts]
-        return tuple((words, host_prefix(address)) for words, address in (*own, *store))
+        return protected_blocks(uplink, self._host.interfaces(), self._store_hosts)
 
     def _choose_uplink(self) -> tuple[Uplink, str]:
         return choose(
@@ -183,18 +174,13 @@ class Surroundings:
 
     def scope(self, own: Lease) -> Scope:
         """What is ours in this kernel, what an earlier start left included."""
-        config, previous = self._config, self._previous
-        networks = (config.network, config.network6, previous.network, previous.network6)
-        subnets = [*own.subnets(), *filter(None, (previous.subnet, previous.subnet6))]
-        leftover = leftover_devices(self._host.interfaces(), subnets, self._backend.devices)
-        return Scope(
-            frozenset(self._backend.devices) | leftover,
-            tuple(network for network in networks if network is not None),
-            takeover=tuple(
-                net for net in (config.network, config.network6) if net and self._backend.follows_peers
-            ),
-            takeover_lengths=(config.subnet_len, config.subnet6_len),
-            takeover_blackholes=tuple(subnets),
+        return scope_of(
+            self._config,
+            own.subnets(),
+            self._previous,
+            self._backend.devices,
+            self._host.interfaces(),
+            follows_peers=self._backend.follows_peers,
         )
 
     def warn_of_overlaps(self, own: Lease) -> None:

@@ -81,10 +81,7 @@ class Firewall:
             return []
         found = droppers(needed, observed, forward_is_served=forward_is_served)
         if found:
-            self.trouble = (
-                f"forwarded packets are dropped by the policy of chain {found[0]}, which no rule of ours"
-                " overrides: accept the overlay network there"
-            )
+            self.trouble = _dropped_by(found[0])
         return words
 
     async def _in_legacy(self, needed: RuleSet) -> list[str]:
@@ -204,6 +201,42 @@ async def firewall(
             with suppress(KernelError):
                 programs[bits] = await iptables.find(bits)
     return IptablesFirewall(programs, resync, former)
+
+
+async def compare(wanted: RuleSet, *, use_nftables: bool) -> tuple[list[str], str | None]:
+    """(what would be done to have these rules, in words, why rules that stand may not help); nothing is done.
+
+    KernelError or OSError: it cannot be looked at.
+    """
+    words: list[str] = []
+    served = True
+    if not use_nftables:
+        for bits in (32, 128):
+            rules = wanted.family(bits)
+            if rules and any(rules):
+                program = await iptables.find(bits)
+                served = not program.legacy
+                done, _saved = await program.set(rules, random_fully=wanted.random_fully, only_show=True)
+                words += done
+    try:
+        nftables = Nftables()
+    except OSError:
+        return words, None
+    try:
+        asked = wanted if use_nftables else _NOTHING
+        keep = not use_nftables
+        found = nftables.set(asked, keep_iptables=keep, only_show=True)
+    finally:
+        nftables.close()
+    dropping = droppers(wanted, found.found, forward_is_served=served)
+    return [*words, *found.words], _dropped_by(dropping[0]) if dropping else None
+
+
+def _dropped_by(chain: str) -> str:
+    return (
+        f"forwarded packets are dropped by the policy of chain {chain}, which no rule of ours"
+        " overrides: accept the overlay network there"
+    )
 
 
 async def remove_all(*, remove: bool) -> list[str]:

@@ -47,13 +47,13 @@ from flannelpy.model.uplink import OVERLAY_NAME, DefaultRoute, Interface, Interf
 
 
 class LinuxKernel:
-    """The kernel of the network namespace that the daemon runs in."""
+    """The kernel of the network namespace that this process runs in; `only_look` is for those who ask."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, only_look: bool = False) -> None:
         self._netlink = NetlinkSocket()
         self._links = Links(self._netlink)
         self._nexthops = Nexthops()
-        self._tunnels = Tunnels()
+        self._tunnels = Tunnels(only_look=only_look)
         self._use_nexthops = True
         self._scope = Scope(frozenset(), ())
         self._monitor: Monitor | None = None

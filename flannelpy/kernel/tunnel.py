@@ -44,9 +44,13 @@ class ForwarderGoneError(NetlinkError):
 
 
 class Tunnels:
-    """One forwarder per device. `on_end` is told, in words, when one ends by itself."""
+    """One forwarder per device. `on_end` is told, in words, when one ends by itself.
 
-    def __init__(self) -> None:
+    With `only_look` a forwarder of another version is not replaced, and nothing is kept of any.
+    """
+
+    def __init__(self, *, only_look: bool = False) -> None:
+        self._only_look = only_look
         self.on_end: Callable[[str], None] = lambda _why: None
         self._lines: dict[str, _Line] = {}
 
@@ -63,10 +67,11 @@ class Tunnels:
             return None, {}
         hello = line.ask({"do": "hello"})
         if hello.get("version") != protocol.VERSION or hello.get("program") != __version__:
-            self._retire(line, hello)
+            if not self._only_look:
+                self._retire(line, hello)
             return None, {}
         tunnel = protocol.decode_tunnel(hello["tunnel"]) if hello.get("tunnel") else None
-        if tunnel is not None:
+        if tunnel is not None and not self._only_look:
             line.keep_copies(tunnel)
         forwards: dict[Prefix, Address] = {}
         following: int | None = 0

@@ -9,11 +9,13 @@ import pytest
 
 import flannelpy
 from flannelpy import claim, errors, reconcile
-from flannelpy.cli import lease
+from flannelpy.cli import doctor, lease
 from flannelpy.cli.lease_text import as_json
+from flannelpy.doctor import overlay
 from flannelpy.flags import FLAGS
 from flannelpy.usage import help_text
 from tests.builders import entry
+from tests.netns import doctor_faults
 
 ROOT = Path(__file__).parents[2]
 MADE = {"build", "dist", "node_modules"}
@@ -140,6 +142,26 @@ def test_every_damage_that_is_tried_is_in_the_table_of_repairs() -> None:
     assert len(tried) == 1, "DAMAGE"
     told = [cells[0] for cells in rows(section(REFERENCE, "## What is noticed and repaired"))]
     assert told == tried[0]
+
+
+def test_the_table_of_the_doctor_is_what_its_test_tries() -> None:
+    page = (ROOT / "docs/doctor.md").read_text()
+    assert "\n".join(doctor_faults.table()) in page
+    assert len({fault.name for fault in doctor_faults.FAULTS}) >= 15
+    assert f"{len(doctor_faults.FAULTS)} faults" in page
+
+
+def test_every_finding_of_the_doctor_is_documented() -> None:
+    made = set(overlay._WHY)
+    for path in (ROOT / "flannelpy/doctor").glob("*.py"):
+        made |= set(re.findall(r'(?:error|warning)\)?\(\s*"([a-z_-]+)"', path.read_text()))
+    page = (ROOT / "docs/doctor.md").read_text()
+    told = set(re.findall(r"^\| (`.*?`) \|", section(page, "## What it finds"), re.MULTILINE))
+    assert made == set(re.findall(r"`([a-z_-]+)`", " ".join(told)))
+    codes = (doctor.WARNINGS_FOUND, doctor.ERRORS_FOUND)
+    assert "0 when nothing is wrong, {} with warnings, {} with errors".format(*codes) in page.replace(
+        "\n", " "
+    )
 
 
 def test_every_fault_of_etcd_that_is_tried_is_in_the_table_of_outages() -> None:

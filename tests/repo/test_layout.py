@@ -59,12 +59,15 @@ def a_backend_imports_model_and_backend(module: str, tree: ast.AST) -> Iterator[
             yield name
 
 
-def only_the_daemon_constructs(module: str, tree: ast.AST) -> Iterator[str]:
-    """Elsewhere nothing is imported from the modules below store/ and kernel/, so nothing can be made.
+def only_the_roots_construct(module: str, tree: ast.AST) -> Iterator[str]:
+    """These are the daemon's root, and that of the commands which look at a host.
 
-    What the package `flannelpy.store` itself says, the protocol, is for everyone.
+    Elsewhere nothing is imported from the modules below store/ and kernel/, so nothing can be made. What the
+    package `flannelpy.store` itself says, the protocol, is for everyone.
     """
-    if module == "flannelpy.daemon" or below(module, "flannelpy.store", "flannelpy.kernel"):
+    if module in ("flannelpy.daemon", "flannelpy.inspection") or below(
+        module, "flannelpy.store", "flannelpy.kernel"
+    ):
         return
     for name in imported(tree):
         for package in ("store", "kernel"):
@@ -78,7 +81,7 @@ RULES: list[Rule] = [
     only_the_kernel_speaks_netlink,
     only_the_etcd_store_imports_grpc,
     a_backend_imports_model_and_backend,
-    only_the_daemon_constructs,
+    only_the_roots_construct,
 ]
 
 
@@ -136,8 +139,8 @@ def test_rule_holds(rule: Rule) -> None:
             "from flannelpy.backends import vxlan",
         ),
         (a_backend_imports_model_and_backend, "flannelpy.backends.udp.config", "from ..vxlan import config"),
-        (only_the_daemon_constructs, "flannelpy.reconcile", "from flannelpy.kernel.linux import LinuxKernel"),
-        (only_the_daemon_constructs, "flannelpy.cli.lease", "from flannelpy.store import etcd"),
+        (only_the_roots_construct, "flannelpy.reconcile", "from flannelpy.kernel.linux import LinuxKernel"),
+        (only_the_roots_construct, "flannelpy.cli.lease", "from flannelpy.store import etcd"),
     ],
 )
 def test_rule_catches(rule: Rule, module: str, source: str) -> None:

@@ -1,0 +1,103 @@
+"""One way to a peer, probed step by step: the underlay, the encapsulation, the overlay, sizes, checksums."""
+
+from contextlib import suppress
+
+from flannelpy.doctor.facts import Path
+from flannelpy.doctor.paths import OTHER_PORTS, Destination
+from flannelpy.kernel.probe import Prober, Wrapping, wrapped_echo
+from flannelpy.model import packet
+
+_BROADCAST = b"\xff" * 6
+_PLAIN = b"flannelpy asks whether this arrives"
+
+
+class _Probers:
+    """The sockets of both families, made when they are first needed; `close` them."""
+
+    def __init__(self) -> None:
+        self._by_width: dict[int, Prober] = {}
+
+    def of(self, address: bytes) -> Prober:
+        """The one for this family."""
+        width = len(address)
+        if width not in self._by_width:
+            self._by_width[width] = Prober(width)
+        return self._by_width[width]
+
+    def close(self) -> None:
+        """Give the sockets back."""
+        for one in self._by_width.values():
+            one.close()
+
+
+def probe(to: Destination) -> Path:
+    """All that can be told about the way: hundredths of a second where all is well, else a few seconds."""
+    probers = _Probers()
+    try:
+        return _probe(to, probers)
+    finally:
+        probers.close()
+
+
+def _probe(to: Destination, probers: "_Probers") -> Path:
+    path, under = to.path, probers.of(to.path.remote)
+    path = path._replace(underlay=under.echo(path.remote))
+    if path.underlay is None:
+        path = path._replace(underlay_udp=under.closed_port(path.remote))
+    else:
+        path = _underlay_sizes(path, under)
+    if path.port is not None:
+        path = _tunnel(path, to, under)
+    over = probers.of(to.target)
+    path = path._replace(overlay=over.echo(to.target))
+    if path.overlay is not None and not to.direct:
+        path = path._replace(overlay_full=over.echo(to.target, path.mtu) is not None)
+        if over.closed_port(to.target):
+            return path._replace(udp_plain=True, udp_offloaded=True)
+        path = path._replace(udp_plain=over.closed_port_plain(to.source, to.target))
+    return path
+
+
+def _underlay_sizes(path: Path, under: Prober) -> Path:
+    if under.echo(path.remote, path.needed) is not None:
+        return path._replace(underlay_full=True)
+    fits = under.largest(path.remote, 576 if len(path.remote) == 4 else 1280, path.needed)
+    out = under.closed_port(path.remote, path.needed)
+    return path._replace(underlay_full=False, underlay_fits=fits, out_full=out)
+
+
+def _tunnel(path: Path, to: Destination, under: Prober) -> Path:
+    assert path.port is not None  # noqa: S101  # asked before
+    way = Wrapping(
+        to.local, path.remote, path.port, to.vni, to.own_mac, path.mac or b"", to.source, to.target
+    )
+    with suppress(OSError):
+        answer = wrapped_echo(to.uplink, way)
+        if answer is not None:
+            return path._replace(tunnel=answer.seconds)
+        if to.vni is not None:
+            answer = wrapped_echo(to.uplink, way._replace(target_mac=_BROADCAST))
+            if answer is not None:
+                return path._replace(tunnel_by_broadcast=answer.mac)
+    if under.refused(path.remote, path.port):
+        return path._replace(refused=True)
+    return path._replace(arrives=_arrivals(path, to, under))
+
+
+def _arrivals(path: Path, to: Destination, under: Prober) -> dict[str, bool]:
+    """What reaches the peer's IP layer, kind by kind: errors that it must send tell it."""
+    assert path.port is not None  # noqa: S101
+    found = {"closed": under.arrives(to.local, path.remote, 33433, _PLAIN)}
+    if not found["closed"]:
+        return found  # options are dropped somewhere: this tells nothing
+    found["plain"] = under.arrives(to.local, path.remote, path.port, _PLAIN)
+    if to.vni is None:
+        return found | {"vxlan": found["plain"]}
+    inner = packet.echo_packet(to.source, to.target, 1)
+    wrapped = packet.vxlan(to.vni, path.mac or _BROADCAST, to.own_mac, inner)
+    found["vxlan"] = under.arrives(to.local, path.remote, path.port, wrapped)
+    if found["plain"] and not found["vxlan"]:
+        for port in OTHER_PORTS:
+            if port != path.port:
+                found[str(port)] = under.arrives(to.local, path.remote, port, wrapped)
+    return found
