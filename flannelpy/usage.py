@@ -13,7 +13,7 @@ COMMANDS = {
     "config": "the network config in etcd: get, set, validate, explain",
     "demo": "try an overlay on this machine: nodes in network namespaces that ping each other",
     "docker-opts": "turn subnet.env into options for dockerd (flannel's mk-docker-opts.sh)",
-    "doctor": "look for what is wrong here and, with --peers, on the ways to peers; and what mends it",
+    "doctor": "what is wrong here and, with --peers, on the ways to peers; what mends it",
     "lease": "the leases in etcd: list, show, check, release, reserve, unreserve; confirm",
     "status": "how the daemon on this host is: problems first, then lease, peers, repairs",
 }
