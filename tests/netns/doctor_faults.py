@@ -127,6 +127,16 @@ TABLES = (
 )
 """With the daemon of node1 stopped: it would mend most of these at once."""
 
+STORE = (
+    Fault("two nodes have one public IP", "public-ip", "flannelpy lease release"),
+    Fault("the pool is full", "pool-full", "flannelpy lease release"),
+    Fault("etcd is down", "store", "systemctl status etcd"),
+    Fault("etcd's certificate has expired", "certificate", "renew the certificate of the etcd server"),
+    Fault("etcd does not know the password", "store-auth", "correct --etcd-username and the password"),
+    Fault("the overlay runs over the wrong interface", "uplink", "--iface=eth0"),
+)
+"""Each with a daemon, etcd or records of its own."""
+
 _EAT = (
     "nft 'add table netdev t; add chain netdev t c {{type filter hook ingress device {port} priority 0;}};"
     " add rule netdev t c {what} drop'"
@@ -215,7 +225,16 @@ PATHS = (
 )
 """With both daemons at work, found by probes (--peers)."""
 
-FAULTS = (*TABLES, *PATHS)
+CARD = (
+    Fault(
+        "the network card makes wrong checksums",
+        "checksum",
+        "ethtool -K flannel.1 tx-checksum-ip-generic off",
+    ),
+)
+"""With a card made of a process that finishes no checksum of what is inside."""
+
+FAULTS = (*TABLES, *STORE, *PATHS, *CARD)
 
 
 def table(faults: Iterable[Fault] = FAULTS) -> list[str]:

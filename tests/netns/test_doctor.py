@@ -2,15 +2,17 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from flannelpy.cli.lab import Lab, Node
+from flannelpy.cli.lab import ETCD_PREFIX, Lab, Node
 from flannelpy.cli.processes import Process, inside, run, stop, wait_ready, wait_until
-from tests.netns.doctor_faults import PATHS, TABLES, Fault
-from tests.netns.nodes import PROGRAM, V4, cluster, reach, routes
+from tests.certificates import Authority
+from tests.netns.doctor_faults import CARD, PATHS, STORE, TABLES, Fault
+from tests.netns.nodes import PROGRAM, V4, cluster, leases, log_of, peer, put_lease, reach, routes
 
 pytestmark = [pytest.mark.root, pytest.mark.etcd]
 
@@ -126,3 +128,113 @@ def test_faults_on_the_way(lab: Lab) -> None:
         found(doctor(one, "--peers"), fault, names, set())
         do(lab, fault.mend, names)
         wait_until(lambda: lab.ping(one.pods[0].netns, pod, count=1).received, f"packets after: {fault.name}")
+
+
+def test_faults_of_the_store_and_its_records(lab: Lab) -> None:
+    lab.put_config(NET)
+    one, two = lab.add_node(), lab.add_node()
+    wait_ready([lab.start_daemon(node) for node in (one, two)])
+    wait_until(lambda: routes(lab, one) == 1, "the route to the peer")
+    free = sorted({f"10.5.{n}.0-24" for n in range(100, 104)} - leases(lab).keys())
+    assert len(free) == 2
+    faults = {fault.check: fault for fault in STORE}
+    assert lab.etcd is not None
+    end(lab.etcd)
+    found(doctor(one), faults["store"], {}, set())
+    lab.start_etcd()
+    assert checks(doctor(one)) == set()
+
+    put_lease(lab, free[0], peer(1))
+    found(doctor(one), faults["public-ip"], {}, set())
+    put_lease(lab, free[0], {"PublicIP": "192.168.77.50"})
+    put_lease(lab, free[1], {"PublicIP": "192.168.77.51"})
+    found(doctor(one), faults["pool-full"], {}, set())
+    lab.etcdctl("del", "--prefix", f"{ETCD_PREFIX}/subnets/{free[0]}")
+
+    expired = https_etcd(lab, Authority(lab.folder, "ca"))
+    found(doctor(one, *expired), faults["certificate"], {}, set())
+
+    for words in (("user", "add", "root:secret"), ("user", "grant-role", "root", "root"), ("auth", "enable")):
+        lab.etcdctl(*words)
+    wrong = doctor(one, "--etcd-username=root", "--etcd-password=wrong")
+    found(wrong, faults["store-auth"], {}, set())
+    assert "wrong" not in json.dumps(wrong["findings"]).replace("wrong user", "")
+
+
+def https_etcd(lab: Lab, authority: Authority) -> list[str]:
+    """An etcd whose certificate has expired; the flags to reach it."""
+    server = authority.issue("server", address="192.168.77.254", expired=True)
+    url, peer_url = "https://192.168.77.254:2399", "http://127.0.0.1:2398"
+    flags = [f"--listen-client-urls={url}", f"--advertise-client-urls={url}", "--name=tls"]
+    flags += [f"--listen-peer-urls={peer_url}", f"--initial-advertise-peer-urls={peer_url}"]
+    flags += [f"--cert-file={server.certificate}", f"--key-file={server.key}"]
+    flags += [f"--data-dir={lab.folder / 'tls'}", f"--initial-cluster=tls={peer_url}"]
+    etcd = lab.start("etcd-tls", lab.underlay, ["etcd", *flags])
+    wait_until(lambda: "serving client" in etcd.log.read_text(), "etcd with TLS")
+    return [f"--etcd-endpoints={url}", f"--etcd-cafile={authority.file}"]
+
+
+def test_an_overlay_over_the_wrong_interface(lab: Lab) -> None:
+    fault = next(one for one in STORE if one.check == "uplink")
+    lab.put_config(V4)
+    one, two = lab.add_node(), lab.add_node()
+    # A second network that leads nowhere, as the 10.0.2.15 of many virtual machines.
+    lab.ip(two.netns, "link add eth1 type veth peer name eth2", "link set eth1 up", "link set eth2 up")
+    lab.ip(two.netns, "address add 10.0.2.15/24 dev eth1")
+    wait_ready([lab.start_daemon(one), lab.start_daemon(two, flags=["--iface=eth1"])])
+    wait_until(lambda: routes(lab, two) == 1, "the route to the peer")
+    found(doctor(two), fault, {}, set())
+
+
+def test_a_card_that_makes_wrong_checksums(lab: Lab) -> None:
+    (fault,) = CARD
+    one, two = cluster(lab, V4)
+    assert checks(doctor(one, "--peers")) == set()
+    # Its cable goes through a process that makes the outer checksums, and leaves those of what is inside of
+    # VXLAN as the kernel left them to the card: unfinished.
+    lab.ip(one.netns, "link set eth0 gso_max_segs 1 gso_max_size 1500")
+    lab.ip(lab.underlay, "link set node1 nomaster", "link add card0 type veth peer name card1")
+    lab.ip(lab.underlay, "link set card1 master lan up", "link set card0 up")
+    card = lab.start("card", lab.underlay, [sys.executable, "-c", BAD_CARD])
+    wait_until(lambda: "ready" in log_of(card), "the card")
+    reach(lab, one, str(two.pods[0].address).partition("/")[0])
+    document = doctor(one, "--peers")
+    found(document, fault, {}, set())
+
+
+BAD_CARD = """
+import select, socket, struct
+
+def total(data):
+    data += b"\\0" * (len(data) % 2)
+    n = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while n >> 16:
+        n = (n & 0xFFFF) + (n >> 16)
+    return ~n & 0xFFFF
+
+def finished(frame):
+    if frame[12:14] != b"\\x08\\0" or frame[23] not in (6, 17):
+        return frame
+    head = (frame[14] & 15) * 4 + 14
+    end = 14 + int.from_bytes(frame[16:18])
+    at = head + (16 if frame[23] == 6 else 6)
+    body = frame[head:at] + b"\\0\\0" + frame[at + 2:end]
+    pseudo = frame[26:34] + struct.pack("!BBH", 0, frame[23], end - head)
+    return frame[:at] + (total(pseudo + body) or 0xFFFF).to_bytes(2) + frame[at + 2:]
+
+ends = []
+for name in ("node1", "card0"):
+    one = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+    one.bind((name, 3))
+    one.setsockopt(263, 23, 1)  # PACKET_IGNORE_OUTGOING
+    ends.append(one)
+print("ready", flush=True)
+while True:
+    for one in select.select(ends, [], [])[0]:
+        frame = one.recv(65535)
+        other = ends[1 - ends.index(one)]
+        try:
+            other.send(finished(frame))
+        except OSError as error:
+            print(error, len(frame), flush=True)
+"""
