@@ -34,6 +34,8 @@ class Health:
         """Why masquerade or forward rules do not stand, or do not help; None = all is well."""
         self.rules_absent: str | None = None
         """Why this host has no forward rules, which nobody asked for by name; None = it has."""
+        self.peer_filter: str | None = None
+        """Whether the filter drops ("enforce") or counts ("count"); None = it could not drop, or is off."""
         self.strangers: dict[str, int] = {}
         """Sources of encapsulated packets that no lease explains -> packets in the last hour; at most 20."""
         self.peers = 0

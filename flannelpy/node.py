@@ -23,7 +23,7 @@ from flannelpy.model.identity import Identity
 from flannelpy.model.kernel import Shaken
 from flannelpy.model.lease import Delta, Lease, Snapshot, same_node
 from flannelpy.model.leftover import leftover_routes
-from flannelpy.model.peer_filter import fate, port_of
+from flannelpy.model.peer_filter import COUNT, ENFORCE, fate, port_of
 from flannelpy.model.probe import Target, targets
 from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import RuleSet, Wishes, rules
@@ -162,6 +162,8 @@ class Node:
         port = port_of(parts.config, parts.host.links(parts.backend.devices))
         if parts.peer_filter is not None and port is not None:
             done = fate(parts.config, enforce=parts.enforce)
+            if done.droppable:
+                parts.health.peer_filter = ENFORCE if done.dropped else COUNT
             self._strangers = Strangers(parts.peer_filter, port, parts.health, done)
         if self._knowledge.held():
             self._hold_for_a_while()

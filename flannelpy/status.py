@@ -51,6 +51,8 @@ def document(node: Node | None, health: Health, verdict: Verdict) -> dict[str, A
             "since": health.store_trouble_since if health.store_trouble else None,
         },
         "peers": node and _peers(node, health),
+        "peer_filter": health.peer_filter,
+        "unexplained_packets": metrics.stranger_packets + metrics.natted_packets,
         "strangers": health.strangers,
         "repairs": {
             "count": sum(metrics.heal_times.values()),

@@ -24,6 +24,7 @@ CHECKS: tuple[Callable[[Facts], Iterable[Finding]], ...] = (
     host.reverse_path,
     host.rules,
     host.bridges,
+    host.peer_filter,
     paths.paths,
 )
 

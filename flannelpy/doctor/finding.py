@@ -31,6 +31,11 @@ def warning(check: str, what: str, why: str, remedy: str) -> Finding:
     return Finding("warning", check, what, why, remedy)
 
 
+def note(check: str, what: str, why: str, remedy: str) -> Finding:
+    """Nothing is wrong; it could be better."""
+    return Finding("note", check, what, why, remedy)
+
+
 def as_json(finding: Finding) -> dict[str, Any]:
     """For programs."""
     return finding._asdict()

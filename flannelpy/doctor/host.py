@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 from flannelpy.doctor.facts import Facts, Host, Overlay
-from flannelpy.doctor.finding import Finding, error, warning
+from flannelpy.doctor.finding import Finding, error, note, warning
 from flannelpy.model.address import Prefix, format_address
+from flannelpy.model.peer_filter import COUNT
 from flannelpy.model.uplink import Interface
 
 CLOCK_SECONDS = 5.0
@@ -45,6 +46,19 @@ def daemon(facts: Facts) -> Iterator[Finding]:
     elif found.status is not None:
         for fault in found.status["faults"]:
             yield error("daemon", f"the daemon says: {fault}", "the node is not ready", "flannelpy status")
+
+
+def peer_filter(facts: Facts) -> Iterator[Finding]:
+    """A filter that has counted nobody for a day may drop."""
+    status = facts.daemon.status or {}
+    days = (facts.now - status.get("started", facts.now)) / 86_400
+    if status.get("peer_filter") == COUNT and not status.get("unexplained_packets") and days >= 1:
+        yield note(
+            "peer-filter",
+            f"the peer filter counts, and has counted nobody in {days:.0f} day(s)",
+            "whoever reaches the encapsulation's port can put packets into the overlay",
+            "--peer-filter=enforce (FLANNELD_PEER_FILTER=enforce): it drops what comes from no peer",
+        )
 
 
 _NEEDED = {"vxlan": "vxlan", "udp": "tun"}

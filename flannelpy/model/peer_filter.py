@@ -38,6 +38,8 @@ class Fate(NamedTuple):
 
     dropped: bool
     """By the filter."""
+    droppable: bool
+    """Whether they could be, without cutting off a peer behind a NAT."""
     words: str
     """For the log."""
 
@@ -46,8 +48,8 @@ def fate(config: NetworkConfig, *, enforce: bool) -> Fate:
     """With a backend that encapsulates in UDP; `enforce` is what the operator asks for."""
     if config.backend_type == "udp":
         is_open = Section(config.backend, "Backend").boolean("AcceptAnySource", default=False)
-        return Fate(False, "let in, by AcceptAnySource" if is_open else "dropped by the forwarder")
-    return Fate(enforce, "dropped" if enforce else "counted")
+        return Fate(False, False, "let in, by AcceptAnySource" if is_open else "dropped by the forwarder")
+    return Fate(enforce, True, "dropped" if enforce else "counted")
 
 
 def port_of(config: NetworkConfig, links: Mapping[str, Link]) -> int | None:

@@ -154,7 +154,7 @@ def test_the_table_of_the_doctor_is_what_its_test_tries() -> None:
 def test_every_finding_of_the_doctor_is_documented() -> None:
     made = set(overlay._WHY)
     for path in (ROOT / "flannelpy/doctor").glob("*.py"):
-        made |= set(re.findall(r'(?:error|warning)\)?\(\s*"([a-z_-]+)"', path.read_text()))
+        made |= set(re.findall(r'(?:error|warning|note)\)?\(\s*"([a-z_-]+)"', path.read_text()))
     page = (ROOT / "docs/doctor.md").read_text()
     told = set(re.findall(r"^\| (`.*?`) \|", section(page, "## What it finds"), re.MULTILINE))
     assert made == set(re.findall(r"`([a-z_-]+)`", " ".join(told)))

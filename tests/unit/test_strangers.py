@@ -16,7 +16,7 @@ from tests.builders import config, lease
 from tests.builders import lease as peer
 
 HERE = parse_v4("192.0.2.1")
-DROP, COUNT = Fate(True, "dropped"), Fate(False, "counted")
+DROP, COUNT = Fate(True, True, "dropped"), Fate(False, True, "counted")
 
 
 class Seen(NamedTuple):
@@ -138,8 +138,8 @@ def test_only_enforce_drops() -> None:
     [
         ('{"Type":"vxlan"}', True, DROP),
         ('{"Type":"vxlan"}', False, COUNT),
-        ('{"Type":"udp"}', True, Fate(False, "dropped by the forwarder")),
-        ('{"Type":"udp","AcceptAnySource":true}', True, Fate(False, "let in, by AcceptAnySource")),
+        ('{"Type":"udp"}', True, Fate(False, False, "dropped by the forwarder")),
+        ('{"Type":"udp","AcceptAnySource":true}', True, Fate(False, False, "let in, by AcceptAnySource")),
     ],
 )
 def test_what_becomes_of_strangers(backend: str, enforce: bool, expected: Fate) -> None:

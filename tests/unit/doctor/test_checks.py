@@ -104,3 +104,17 @@ def test_fragmentation_is_a_warning_and_a_loss_an_error() -> None:
 def test_sums_that_only_the_processor_gets_right() -> None:
     one = judged(underlay=0.001, tunnel=0.001, overlay=0.001, overlay_full=True, udp_plain=True)
     assert one.check == "checksum"
+
+
+@pytest.mark.parametrize(
+    ("mode", "packets", "days", "count"),
+    [("count", 0, 1.5, 1), ("count", 0, 0.9, 0), ("count", 3, 9, 0), ("enforce", 0, 9, 0), (None, 0, 9, 0)],
+)
+def test_a_filter_that_counted_nobody_for_a_day_may_drop(
+    mode: str | None, packets: int, days: float, count: int
+) -> None:
+    status: dict[str, Any] = {"faults": [], "peer_filter": mode, "unexplained_packets": packets}
+    status["started"] = 1e9 - days * 86_400
+    found = examine(facts(daemon=Daemon(True, True, 7, status)))
+    assert [(one.check, one.severity) for one in found] == [("peer-filter", "note")] * count
+    assert all("--peer-filter=enforce" in one.remedy for one in found)
