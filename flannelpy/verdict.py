@@ -53,26 +53,26 @@ def judge(health: Health, now: float, percent: int) -> Verdict:
     flaws: list[str] = []
     missing = [key for key, since in health.missing.items() if now - since >= GRACE_SECONDS]
     if missing:
-        text = f"{len(missing)} of {health.peers} peers are not in the kernel: {_named(missing)}"
+        text = f"{len(missing)} of {health.peers} peer(s) not in the kernel: {_named(missing)}"
         (faults if len(missing) * 100 > percent * health.peers else flaws).append(text)
     if health.unreached:
         keys = sorted({f"{key} ({layer})" for (key, _address), layer in health.unreached.items()})
-        flaws.append(f"{len(keys)} peers do not answer (all) probes: {_named(keys)}")
+        flaws.append(f"{len(keys)} peer(s) not answering (all) probes: {_named(keys)}")
     if health.store_trouble is not None:
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(health.store_trouble_since))
         flaws.append(f"{health.store_trouble}; the network goes on with what was known at {since}")
     if health.conflict is not None and health.conflict != health.lease_trouble:
         flaws.append(health.conflict)
     if health.held:
-        flaws.append(f"{health.held} peers have no record in the store and are held")
+        flaws.append(f"{health.held} peer(s) without a record in the store, held")
     if health.config_pending is not None:
         flaws.append(f"{health.config_pending}; the running one stays until a restart")
     if health.rules_absent is not None:
         flaws.append(health.rules_absent)
     if health.refused:
-        flaws.append(f"{len(health.refused)} peers are not (all) programmed: {_named(list(health.refused))}")
+        flaws.append(f"{len(health.refused)} peer(s) not (all) programmed: {_named(list(health.refused))}")
     if health.unreadable:
-        flaws.append(f"{len(health.unreadable)} records are unreadable: {_named(list(health.unreadable))}")
+        flaws.append(f"{len(health.unreadable)} unreadable record(s): {_named(list(health.unreadable))}")
     return Verdict(stuck, tuple(faults), tuple(flaws))
 
 

@@ -87,7 +87,8 @@ def lines(found: dict[str, Any], peers: list[dict[str, Any]] | None, now: float)
     """The document of `status` for a terminal; `now` in seconds since 1970."""
     width = _width()
     rows = [f"flannelpy {found['version']}: {found['state']}, started {ago(now - found['started'])}"]
-    rows.append(f"  {shown(found['summary'], width - 2)}")
+    if found["lease"] is None:
+        rows.append(f"  {shown(found['summary'], width - 2)}")
     for kind, mark in _MARKS.items():
         rows += [f"  {mark} {shown(one)}" for one in found[kind]]
     rows.append("")

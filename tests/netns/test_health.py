@@ -82,7 +82,7 @@ def test_from_the_first_second_to_an_outage(lab: Lab) -> None:
     wait_until(lambda: as_json(node)[1]["peers"]["programmed"] == 1, "the peer")
     code, found = as_json(node, "--peers")
     assert (code, found["state"], found["faults"]) == (10, "degraded", [])
-    assert found["flaws"] == ["1 peers are not (all) programmed: 10.9.9.0-24"]
+    assert found["flaws"] == ["1 peer(s) not (all) programmed: 10.9.9.0-24"]
     assert found["network"]["devices"] == ["flannel.1"]
     assert found["lease"]["subnets"][0].startswith("10.5.")
     states = {one["key"]: one["state"] for one in found["all_peers"]}
@@ -92,7 +92,7 @@ def test_from_the_first_second_to_an_outage(lab: Lab) -> None:
     wait_until(lambda: status(node)[0] == 0, "all is well")
     assert page(node, "/readyz") == Page(200, ["flanneld is ready"])
 
-    run("ip", "neigh", "flush", "dev", "flannel.1", "nud", "permanent", netns=node.netns)
+    lab.ip(node.netns, "neigh del 10.5.200.0 dev flannel.1")
     wait_until(lambda: as_json(node)[1]["repairs"]["count"] > 0, "a repair")
     last = as_json(node)[1]["repairs"]["last"]
     assert last["what"].startswith("add neighbour 10.5.200.0")
@@ -124,7 +124,7 @@ def test_a_peer_that_the_kernel_refuses_takes_readiness_away_and_gives_it_back(l
     wait_ready([node.daemon])
     assert page(node, "/readyz").status == 200, "it may be about to be put there"
     wait_until(lambda: page(node, "/readyz").status == 503, "the peer is missed", 20)
-    assert page(node, "/readyz").lines[1] == "1 of 1 peers are not in the kernel: 10.5.200.0-24"
+    assert page(node, "/readyz").lines[1] == "1 of 1 peer(s) not in the kernel: 10.5.200.0-24"
     code, found = as_json(node)
     assert code == 11
     assert found["peers"]["troubled"][0]["state"] == "missing"

@@ -86,7 +86,7 @@ def test_a_host_that_is_down_is_named_and_takes_no_readiness_away(lab: Lab) -> N
     wait_for_log(one.daemon, "is not reached (all): underlay", 40)
     found = control.ask(control.path_for(str(one.subnet_file)), "status")
     assert (found["state"], found["faults"]) == ("degraded", [])
-    assert "1 peers do not answer (all) probes" in found["flaws"][0]
+    assert "1 peer(s) not answering (all) probes" in found["flaws"][0]
     # Its lease goes, and the trouble with it.
     key = two.subnet_env()["FLANNEL_SUBNET"].replace(".1/", ".0-")
     lab.etcdctl("del", f"/coreos.com/network/subnets/{key}")

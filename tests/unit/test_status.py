@@ -45,7 +45,7 @@ def test_what_is_wrong_comes_first() -> None:
     assert [one["state"] for one in peers(node(), health)] == ["refused", "unreadable", "programmed"]
     lines = command.lines(found, None, 3600.0)
     assert lines[0].endswith("degraded, started 1 h 0 min ago")
-    assert lines[2].startswith("  ! 1 peers are not (all) programmed: 10.5.2.1-32")
+    assert lines[1].startswith("  ! 1 peer(s) not (all) programmed: 10.5.2.1-32")
     assert all(line.isprintable() for line in lines), "foreign text stays harmless"
     assert any(
         re.match(r"lease +10\.5\.1\.0/24, expires in 24 h 0 min unless renewed", line) for line in lines
