@@ -21,16 +21,18 @@ from flannelpy.doctor.facts import Daemon, Facts, Host, Member, Overlay, Store, 
 from flannelpy.doctor.facts import Path as PathFacts
 from flannelpy.doctor.paths import destinations, sample
 from flannelpy.errors import FlannelpyError, StoreError
-from flannelpy.kernel import firewall, look
+from flannelpy.kernel import firewall, look, sniff
 from flannelpy.kernel.linux import LinuxKernel
 from flannelpy.kernel.paths import probe
-from flannelpy.model.address import Address
+from flannelpy.kernel.probe import Prober
+from flannelpy.kernel.sniff import Sniffer
+from flannelpy.model.address import Address, Prefix
 from flannelpy.model.census import Census
 from flannelpy.model.config import ConfigError, NetworkConfig, parse_config
 from flannelpy.model.lease import Lease
 from flannelpy.model.scope import protected_blocks, scope_of
 from flannelpy.model.subnet import Previous
-from flannelpy.model.traffic import Wishes
+from flannelpy.model.traffic import RuleSet, Wishes
 from flannelpy.model.traffic import rules as rules_for
 from flannelpy.model.uplink import NoUplink, Uplink, Wish, choose
 from flannelpy.settings import DEFAULT, Settings
@@ -99,13 +101,13 @@ def _of_process(pid: int) -> tuple[list[str], dict[str, str]]:
 # --- the whole ---
 
 
-def inspect(known: Settings, *, most_peers: int, tell: Tell) -> Facts:
+def inspect(known: Settings, *, most_peers: int, tell: Tell, try_features: bool = True) -> Facts:
     """Everything that the checks look at; probes to at most so many ways (0: none). Raises nothing."""
     tell("the daemon")
     daemon = find_daemon(known.subnet_file)
     privileged = look.has_net_admin()
     tell("kernel features, in a scratch namespace")
-    features = look.features() if privileged else {}
+    features = look.features() if privileged and try_features else {}
     tell("the store")
     store = read_store(known)
     memory = None
@@ -136,6 +138,44 @@ def probe_paths(overlay: Overlay, most: int, tell: Tell) -> tuple[PathFacts, ...
             tell(f"the ways to peers: {path.name}, {number} of {len(chosen)}")
             found.append(path)
     return tuple(found)
+
+
+# --- single questions ---
+
+
+def ways_to(addresses: Sequence[Address]) -> list[Way | None]:
+    """How the kernel sends to these."""
+    with closing(LinuxKernel(only_look=True)) as kernel:
+        names = {one.ifindex: one.name for one in kernel.interfaces()}
+        found = [kernel.route_to(address) for address in addresses]
+    return [Way(names.get(way[0], "?"), way[1]) if way else None for way in found]
+
+
+def wanted_rules(known: Settings, facts: Facts) -> RuleSet:
+    """The masquerade and forward rules that the daemon was asked for; none without a lease."""
+    overlay = facts.overlay
+    if overlay is None or overlay.own is None:
+        return RuleSet(None, None)
+    return rules_for(overlay.config, overlay.own, _wishes(known, facts.daemon))
+
+
+def sniffer(asked: Sequence[tuple[str, int | None, Prefix | None]]) -> Sniffer:
+    """Sees on each device the datagrams to a port, or the packets of a network, or all. FlannelpyError."""
+    programs = [
+        (device, sniff.udp_to(port) if port else sniff.inside(network) if network else sniff.everything())
+        for device, port, network in asked
+    ]
+    try:
+        return Sniffer(programs)
+    except OSError as error:
+        names = ", ".join(device for device, _port, _network in asked)
+        raise FlannelpyError(f"cannot see packets on {names}: {error.strerror}; run this as root") from None
+
+
+def echo(target: Address, size: int = 84) -> float | None:
+    """The round trip of a ping, repeated: the first may wait for neighbour discovery on a bridge."""
+    with closing(Prober(len(target))) as prober:
+        return prober.echo(target, size) or prober.echo(target, size)
 
 
 # --- the store ---

@@ -8,6 +8,8 @@ from flannelpy.flags import TABLE, Flag
 WIDTH = 92
 
 COMMANDS = {
+    "bench": "measure the overlay between two hosts, against the underlay",
+    "capture": "the overlay's packets on the uplink, decoded; writes pcap",
     "cleanup": "remove from this host what the daemon made (shows it first)",
     "cni": "put the CNI plugin for pods onto this host, or take it away: install, remove",
     "config": "the network config in etcd: get, set, validate, explain",
@@ -15,7 +17,9 @@ COMMANDS = {
     "docker-opts": "turn subnet.env into options for dockerd (flannel's mk-docker-opts.sh)",
     "doctor": "what is wrong here and, with --peers, on the ways to peers; what mends it",
     "lease": "the leases in etcd: list, show, check, release, reserve, unreserve; confirm",
+    "report": "pack what helps to find a fault into one archive, without secrets",
     "status": "how the daemon on this host is: problems first, then lease, peers, repairs",
+    "trace": "follow a packet from here to a pod, step by step, and send a ping there",
 }
 
 _HEAD = """\

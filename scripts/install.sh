@@ -33,6 +33,7 @@ ping iputils-ping
 prometheus prometheus
 sysctl procps
 systemd-analyze systemd
+tcpdump tcpdump
 LIST
     if [ -n "${HOSTS:-}" ]; then
         command -v mmdebstrap >/dev/null || printf 'mmdebstrap\n'

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes requirements/dev.lock and requirements/run.lock from pyproject.toml, with uv in a throw-away environment.
+# Writes requirements/{dev,run,tools}.lock from pyproject.toml, with uv in a throw-away environment.
 #
 #   scripts/lock.sh             keep the locked versions where they still fit
 #   scripts/lock.sh --upgrade   the newest of everything (what `make lock` runs)
@@ -19,3 +19,4 @@ compile() {
 # run.lock is constrained by dev.lock: what the tests ran with is what is installed.
 compile "$@" --extra dev --output-file requirements/dev.lock
 compile "$@" --constraint requirements/dev.lock --output-file requirements/run.lock
+compile "$@" --constraint requirements/dev.lock --extra tools --output-file requirements/tools.lock

@@ -10,7 +10,6 @@
 Everything ends by a deadline; nothing is sent more than a few times.
 """
 
-import ctypes
 import itertools
 import os
 import select
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from flannelpy.kernel import sniff
 from flannelpy.model import packet
 from flannelpy.model.address import Address, Mac, format_address
 
@@ -30,7 +30,6 @@ _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
 _CLOSED_PORTS = range(33434, 33534)
 """Those of traceroute: nobody listens there."""
 _ETH_P = {4: 0x0800, 16: 0x86DD}
-_SO_ATTACH_FILTER = 26
 _UNREACHABLE, _PARAMETER = {4: (3, 3), 16: (1, 4)}, {4: 12, 16: 4}
 _BAD_RECORD_ROUTE = bytes((7, 7, 3, 0, 0, 0, 0, 0))
 """Its pointer may not be less than 4 (RFC 791)."""
@@ -246,25 +245,9 @@ def _watch(device: str, remote: Address) -> socket.socket:
     """A socket that sees the datagrams of one host that come in on a device."""
     kind = _ETH_P[len(remote)]
     watcher = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
-    _attach_filter(watcher, remote)
+    sniff.attach(watcher, sniff.from_host(remote))
     watcher.bind((device, kind))
     return watcher
-
-
-def _attach_filter(watcher: socket.socket, remote: Address) -> None:
-    """Classic BPF: UDP, and from that host; offsets are those of the IP header."""
-    at_protocol, at_source = (9, 12) if len(remote) == 4 else (6, 8)
-    words = [int.from_bytes(remote[i : i + 4]) for i in range(0, len(remote), 4)]
-    count = 2 + 2 * len(words)
-    code: list[tuple[int, int, int, int]] = [(0x30, 0, 0, at_protocol), (0x15, 0, count - 1, 17)]
-    for position, word in enumerate(words):
-        code += [(0x20, 0, 0, at_source + 4 * position), (0x15, 0, count - 3 - 2 * position, word)]
-    code += [(0x06, 0, 0, 65535), (0x06, 0, 0, 0)]
-    program = b"".join(struct.pack("=HBBI", *one) for one in code)
-    buffer = ctypes.create_string_buffer(program)
-    watcher.setsockopt(
-        socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(code), ctypes.addressof(buffer))
-    )
 
 
 def _never_fragment(sock: socket.socket, width: int) -> None:

@@ -30,6 +30,17 @@ class Echo(NamedTuple):
     """Identifier and sequence number as one number of 32 bits."""
 
 
+class Seen(NamedTuple):
+    """One packet that passed a device."""
+
+    at: float
+    """Seconds since 1970."""
+    device: str
+    outgoing: bool
+    packet: bytes
+    """From its IP header on."""
+
+
 def checksum(data: bytes) -> int:
     """The internet checksum (RFC 1071) of whole data."""
     if len(data) % 2:
@@ -108,6 +119,14 @@ def read_echo(packet: bytes) -> Echo | None:
     if body[0] not in kinds:
         return None
     return Echo(source, target, body[0] == kinds[1], int.from_bytes(body[4:8]))
+
+
+def addresses(packet: bytes) -> tuple[Address, Address] | None:
+    """(source, target) of an IP packet; None if it is none."""
+    version = packet[0] >> 4 if packet else 0
+    if version == 4 and len(packet) >= 20:
+        return packet[12:16], packet[16:20]
+    return (packet[8:24], packet[24:40]) if version == 6 and len(packet) >= 40 else None
 
 
 def _read_ip(packet: bytes) -> tuple[Address, Address, int, bytes] | None:

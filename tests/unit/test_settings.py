@@ -375,7 +375,7 @@ def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         (["--v=1"], {"FLANNELD_PUBLIC_IP": "1.2.3"}, 'FLANNELD_PUBLIC_IP="1.2.3"'),
         (["--kube-subnet-mgr"], {}, "not in this version yet"),
         (["doker-opts"], {}, "did you mean docker-opts?"),
-        (["qqq\n"], {}, "commands are cleanup, cni, config, demo, docker-opts"),
+        (["qqq\n"], {}, "commands are bench, capture, cleanup, cni, config, demo, docker-opts"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(argv: list[str], environ: dict[str, str], part: str) -> None:
