@@ -39,7 +39,7 @@ def main() -> int:
         for wire in options.wires.split(","):
             for mode in modes:
                 print(f"round {number + 1}: {mode}, {wire} wire", file=sys.stderr, flush=True)
-                with _pods(mode.rpartition(" ")[2], commands[mode], wire) as (lab, one, two):
+                with _pods(mode, commands[mode], wire) as (lab, one, two):
                     figures = _measure(lab, one, two, options.seconds)
                 results.setdefault(wire, {}).setdefault(mode, []).append(figures)
     print(json.dumps(results, indent=1) if options.output == "json" else _table(results))
@@ -51,24 +51,31 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--flannel", default=os.environ.get("FLANNELD", ""), help="a flanneld to compare with"
     )
-    parser.add_argument("--modes", default="", help="of: host-gw, vxlan, udp, flannel udp; comma-separated")
+    parser.add_argument(
+        "--modes", default="", help="of: host-gw, vxlan, udp, slow udp, flannel udp; comma-separated"
+    )
     parser.add_argument("--wires", default=",".join(WIRES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4)
     parser.add_argument("--output", choices=("text", "json"), default="text")
     options = parser.parse_args()
-    options.modes = options.modes or "host-gw,vxlan,udp" + (",flannel udp" if options.flannel else "")
+    options.modes = options.modes or "host-gw,vxlan,udp,slow udp" + (
+        ",flannel udp" if options.flannel else ""
+    )
     return options
 
 
 @contextlib.contextmanager
-def _pods(backend: str, command: Sequence[str], wire: str) -> Iterator[tuple[Lab, Node, Node]]:
+def _pods(mode: str, command: Sequence[str], wire: str) -> Iterator[tuple[Lab, Node, Node]]:
     """Two nodes of one backend with a pod each, which reach each other."""
+    backend: dict[str, str] = {"Type": mode.rpartition(" ")[2]}
+    if mode == "slow udp":
+        backend["FastPath"] = "off"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))
         lab = stack.enter_context(Lab(f"{PREFIX}{os.getpid()}-", folder / "lab"))
         lab.start_etcd()
-        lab.put_config({"Network": "10.5.0.0/16", "Backend": {"Type": backend}})
+        lab.put_config({"Network": "10.5.0.0/16", "Backend": backend})
         one, two = lab.add_node(), lab.add_node()
         if wire == "1500":
             for node in (one, two):

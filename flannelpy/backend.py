@@ -24,6 +24,8 @@ class Facts(NamedTuple):
     """Public IPs of peers that the kernel reaches over the uplink without a gateway; only when asked for."""
     host_id: str = ""
     """Stays the same over a reboot and tells networks apart: etcd prefix and machine id."""
+    no_fast_path: str = "nobody has asked for one"
+    """Why the kernel cannot carry what a forwarder does; empty = it can. For a backend that wants to know."""
 
 
 class PeerItems(NamedTuple):
@@ -50,6 +52,8 @@ class Backend(Protocol):
     """Whether peers need anything of this host at all; without, nobody's routes are touched."""
     wants_on_link: bool
     """Whether `Facts.on_link` must be filled."""
+    wants_fast_path: bool
+    """Whether to try for `Facts.no_fast_path`."""
 
     def attrs(
         self, facts: Facts, remembered: Lease | None, others: Sequence[Lease]

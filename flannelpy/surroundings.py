@@ -53,6 +53,10 @@ class Host(Kernel, Protocol):
         """Name of a count -> packets that our forwarders carried or dropped; empty where there is none."""
         ...
 
+    def why_no_fast_path(self, uplink: str) -> str:
+        """What stands in the way of a fast path over an uplink; empty if nothing does."""
+        ...
+
     def route_to(self, address: Address) -> tuple[int, Address] | None:
         """(output device's index, source address) on the way to an address."""
         ...
@@ -100,6 +104,11 @@ class Surroundings:
         except ValueError as error:  # NoUplink is one
             raise UplinkError(str(error)) from None
         log.info("uplink %s", reason)
+        if self._backend.wants_fast_path:
+            why_not = self._host.why_no_fast_path(uplink.name)
+            if why_not:
+                log.info("no fast path in the kernel, the forwarder carries everything: %s", why_not)
+            facts = facts._replace(no_fast_path=why_not)
         return facts._replace(protected=self._protected(uplink))
 
     def _protected(self, uplink: Uplink) -> tuple[tuple[str, Prefix], ...]:

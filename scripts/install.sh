@@ -24,6 +24,7 @@ missing_packages() {
         command -v "$program" >/dev/null || printf '%s\n' "$package"
     done <<'LIST'
 /usr/lib/cni/bridge containernetworking-plugins
+clang clang
 etcd etcd-server
 etcdctl etcd-client
 ip iproute2
@@ -89,7 +90,7 @@ made_with() {
 }
 
 made_from() {
-    sha256sum requirements/dev.lock pyproject.toml
+    sha256sum requirements/dev.lock pyproject.toml setup.py backends/udp/fast.bpf.c
 }
 
 # The stamp holds both. Another path or interpreter makes the environment anew; another lock or pyproject.toml only
@@ -99,7 +100,7 @@ make_venv() {
     with=$(made_with)
     from=$(made_from)
     if [ -f $stamp ] && [ "$(head -n 2 $stamp)" = "$with" ] && $venv/bin/python -c '' 2>/dev/null; then
-        if [ "$(tail -n +3 $stamp)" = "$from" ]; then
+        if [ "$(tail -n +3 $stamp)" = "$from" ] && [ -e backends/udp/fast.o ]; then
             say "$venv is up to date"
             return
         fi

@@ -15,6 +15,7 @@ class AllocBackend:
     devices: tuple[str, ...] = ()
     follows_peers = False
     wants_on_link = False
+    wants_fast_path = False
 
     def __init__(self, config: NetworkConfig) -> None:
         self._v4 = config.enable_ipv4

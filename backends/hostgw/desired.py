@@ -19,6 +19,7 @@ class HostGwBackend:
     devices: tuple[str, ...] = ()
     follows_peers = True
     wants_on_link = True
+    wants_fast_path = False
 
     def __init__(self, config: NetworkConfig) -> None:
         self._v4 = config.enable_ipv4

@@ -1,9 +1,10 @@
 """What the udp backend needs: pure functions of leases and facts."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from flannelpy.backend import Facts, PeerItems
-from flannelpy.backends.udp.config import UdpConfig, parse
+from flannelpy.backends.udp.config import OFF, ON, UdpConfig, parse
 from flannelpy.model.address import Address, Prefix, host
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.kernel import (
@@ -28,6 +29,8 @@ _MIN_MTU, _MIN_MTU6 = 68, 1280
 """The smallest MTU that the inner family works with (RFC 791, RFC 8200)."""
 _TYPES = ("", "udp")
 """flannel's leases name no type."""
+_FAST = {"FastPath": True}
+"""The `BackendData` of a node whose kernel takes datagrams."""
 
 
 class UdpBackend:
@@ -42,6 +45,8 @@ class UdpBackend:
         self._options: UdpConfig = parse(config)
         self._v4 = config.enable_ipv4
         self._v6 = config.enable_ipv6
+        # The programs in the kernel know IPv4 around IPv4.
+        self.wants_fast_path = config.enable_ipv4 and self._options.fast_path != OFF
         self._networks = tuple(
             network for network in (config.network, config.network6) if network is not None
         )
@@ -49,22 +54,30 @@ class UdpBackend:
     def attrs(
         self, facts: Facts, remembered: Lease | None, others: Sequence[Lease]
     ) -> tuple[LeaseAttrs, tuple[str, ...]]:
-        """Our public IPs and no backend type, byte for byte what flannel writes for IPv4."""
+        """Our public IPs and no backend type, byte for byte what flannel writes for IPv4.
+
+        With a fast path also that we have one, in `BackendData`, which flannel's udp does not look at.
+        """
         uplink = facts.uplink
         public_ip = uplink.public_ip if self._v4 else None
         public_ipv6 = uplink.public_ipv6 if self._v6 else None
-        return LeaseAttrs(public_ip, public_ipv6, ""), ()
+        data = dict(_FAST) if self._is_fast(facts) else None
+        warnings: tuple[str, ...] = ()
+        if self._options.fast_path == ON and facts.no_fast_path:
+            warnings = (f"FastPath is on, but the forwarder carries everything: {facts.no_fast_path}",)
+        return LeaseAttrs(public_ip, public_ipv6, "", data), warnings
 
     def own(self, own: Lease, facts: Facts) -> State:
         """The device with the base address of each subnet, the forwarder, and the route to each network."""
         bases = tuple(subnet.address for subnet in own.subnets())
         mtu = self.mtu(facts)
-        port, is_open = self._options
+        port, is_open, _fast_path = self._options
+        uplink, fast = facts.uplink, self._is_fast(facts)
         return State(
             (
                 Link(DEVICE, "tun", b"", mtu, up=True),
                 *(DeviceAddress(DEVICE, host(base)) for base in bases),
-                Tunnel(DEVICE, self._local(facts.uplink), port, mtu, bases, is_open),
+                Tunnel(DEVICE, self._local(uplink), port, mtu, bases, is_open, uplink.name, fast),
                 *(Route(network, DEVICE, None, metric=default_metric(network)) for network in self._networks),
             )
         )
@@ -78,7 +91,8 @@ class UdpBackend:
         remote = lease.attrs.public_ip if self._v4 else lease.attrs.public_ipv6
         if remote is None:
             return PeerItems((), f"it has no public {'IPv4' if self._v4 else 'IPv6'} address")
-        items: list[Item] = [Forward(DEVICE, subnet, remote) for subnet in self._subnets(lease)]
+        fast = self._is_fast(facts) and _says_fast(lease.attrs.backend_data)
+        items: list[Item] = [Forward(DEVICE, subnet, remote, fast) for subnet in self._subnets(lease)]
         if not items:
             return PeerItems((), "it has no subnet of a family that is enabled here")
         return PeerItems(tuple(items))
@@ -95,6 +109,9 @@ class UdpBackend:
             )
         return mtu
 
+    def _is_fast(self, facts: Facts) -> bool:
+        return self.wants_fast_path and not facts.no_fast_path
+
     def _local(self, uplink: Uplink) -> Address:
         local = uplink.address if self._v4 else uplink.address6
         if local is None:
@@ -106,3 +123,7 @@ class UdpBackend:
             yield lease.subnet
         if self._v6 and lease.subnet6 is not None:
             yield lease.subnet6
+
+
+def _says_fast(data: Any) -> bool:
+    return isinstance(data, dict) and data.get("FastPath") is True

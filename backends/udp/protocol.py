@@ -67,6 +67,8 @@ def decode_tunnel(value: Mapping[str, Any]) -> Tunnel:
         int(value["mtu"]),
         sources,
         bool(value["open"]),
+        str(value.get("uplink", "")),
+        bool(value.get("fast", False)),
     )
 
 

@@ -53,6 +53,7 @@ class VxlanBackend:
 
     name = "vxlan"
     follows_peers = True
+    wants_fast_path = False
 
     def __init__(self, config: NetworkConfig) -> None:
         self._options: VxlanConfig = parse(config)

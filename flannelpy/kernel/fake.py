@@ -122,6 +122,10 @@ class FakeKernel:
         """Nothing is carried here."""
         return {}
 
+    def why_no_fast_path(self, uplink: str) -> str:  # noqa: ARG002
+        """No programs run here."""
+        return "this kernel runs no programs"
+
     def route_to(self, address: Address) -> tuple[int, Address] | None:  # noqa: ARG002
         """No host that matters is far away here."""
         return None

@@ -53,7 +53,7 @@ class LinuxKernel:
         self._netlink = NetlinkSocket()
         self._links = Links(self._netlink)
         self._nexthops = Nexthops()
-        self._tunnels = Tunnels(only_look=only_look)
+        self._tunnels = Tunnels(self._netlink, only_look=only_look)
         self._use_nexthops = True
         self._scope = Scope(frozenset(), ())
         self._monitor: Monitor | None = None
@@ -151,6 +151,10 @@ class LinuxKernel:
             if self._monitor is not None:
                 self._monitor.shake(str(error))  # nobody else hears of that end any more
             return {}
+
+    def why_no_fast_path(self, uplink: str) -> str:
+        """What stands in the way of a fast path over an uplink; empty if nothing does."""
+        return self._tunnels.fast.why_not(uplink)
 
     def route_to(self, address: Address) -> tuple[int, Address] | None:
         """(output device's index, source address) that the kernel would use; None when it has no route."""

@@ -22,8 +22,9 @@ from typing import Any, ParamSpec
 from flannelpy import __version__
 from flannelpy.backends.udp import protocol
 from flannelpy.kernel import sysctl, tun
+from flannelpy.kernel.fast_path import FastPath
 from flannelpy.kernel.links import Failure
-from flannelpy.kernel.netlink import NetlinkError
+from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
 from flannelpy.model.address import Address, Prefix
 from flannelpy.model.kernel import Forward, Tunnel
 from flannelpy.model.plan import Op, Put, Remove
@@ -49,9 +50,10 @@ class Tunnels:
     With `only_look` a forwarder of another version is not replaced, and nothing is kept of any.
     """
 
-    def __init__(self, *, only_look: bool = False) -> None:
+    def __init__(self, netlink: NetlinkSocket, *, only_look: bool = False) -> None:
         self._only_look = only_look
         self.on_end: Callable[[str], None] = lambda _why: None
+        self.fast = FastPath(netlink)
         self._lines: dict[str, _Line] = {}
 
     def close(self) -> None:
@@ -59,6 +61,7 @@ class Tunnels:
         for line in self._lines.values():
             line.close()
         self._lines.clear()
+        self.fast.close()
 
     def observe(self, device: str) -> tuple[Tunnel | None, dict[Prefix, Address]]:
         """What a device's forwarder carries; nothing if there is none."""
@@ -88,10 +91,20 @@ class Tunnels:
         except (NetlinkError, ValueError, TypeError, KeyError) as error:
             log.warning("%s", error)
             return []
-        found: list[Tunnel | Forward] = [
-            Forward(device, subnet, remote) for subnet, remote in forwards.items()
-        ]
-        return found if tunnel is None else [tunnel, *found]
+        found: list[Tunnel | Forward] = []
+        for subnet, remote in forwards.items():
+            item = Forward(device, subnet, remote)
+            if tunnel is not None and tunnel.fast and self.fast.has_table:
+                # What the kernel's table lacks counts as missing, in both.
+                item = self.fast.entries.get(subnet, item._replace(remote=b""))
+                if item.remote != remote:
+                    continue
+            found.append(item)
+        if tunnel is not None:
+            # Who only looks does not judge how the packets go.
+            aside = self._only_look or (self.fast.has_table and not self.fast.carries(tunnel))
+            found.append(tunnel._replace(fast=False) if aside else tunnel)
+        return found
 
     def carry_out(self, ops: Sequence[Op]) -> list[Failure]:
         """Do it, a table at a time; what was refused."""
@@ -102,11 +115,14 @@ class Tunnels:
             put = {item.subnet: item.remote for op, item in forwards if isinstance(op, Put)}
             gone = [item.subnet for op, item in forwards if isinstance(op, Remove)]
             failures += _attempt(part, self.apply, device, put, gone)
+            in_kernel = [item for op, item in forwards if isinstance(op, Put)]
+            failures += _attempt(part, self.fast.apply, in_kernel, gone)
         for op in ops:
             if isinstance(op.item, Tunnel):
                 if isinstance(op, Put):
                     failures += _attempt([op], self.put, op.item)
                 else:
+                    self.fast.remove(op.item)
                     failures += _attempt([op], self.remove, op.item.device)
         return failures
 
@@ -115,6 +131,7 @@ class Tunnels:
         self._ensure(tunnel.device).take(tunnel)
         # Our own ICMP errors come in from the device with our own address; a stranger's may not.
         sysctl.write_quietly(f"net/ipv4/conf/{tunnel.device}/accept_local", "0" if tunnel.open else "1")
+        self.fast.put(tunnel)
 
     def apply(self, device: str, put: Mapping[Prefix, Address], gone: Sequence[Prefix]) -> None:
         """Change the table of a device's forwarder, which is started for it: it carries nothing before."""
@@ -133,10 +150,11 @@ class Tunnels:
         return dict(line.ask({"do": "counters"})["counters"]) if line is not None else {}
 
     def all_counters(self) -> dict[str, int]:
-        """The same for every forwarder that we know of. NetlinkError if one is gone."""
+        """The same for every forwarder that we know of, with the fast path's. NetlinkError if one is gone."""
         found: Counter[str] = Counter()
         for device in list(self._lines):
             found.update(self.counters(device))
+        found.update(self.fast.counters())
         return dict(found)
 
     def remove(self, device: str) -> None:

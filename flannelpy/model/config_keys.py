@@ -75,6 +75,8 @@ BACKEND_KEYS: Mapping[str, tuple[Key, ...]] = {
     ),
     "udp": (
         Key("Backend.Port", "the UDP port that nodes send to", "8285", "restart", _APART),
+        Key("Backend.FastPath", "whether the kernel carries what it can: auto, on, off", "auto", "restart",
+            _EACH),
     ),
     "host-gw": (),
     "alloc": (),

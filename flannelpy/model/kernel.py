@@ -86,6 +86,10 @@ class Tunnel(NamedTuple):
     """The addresses that our own ICMP errors come from, one of each family."""
     open: bool = False
     """Let in datagrams from anywhere, as flannel does."""
+    uplink: str = ""
+    """The device that the datagrams leave by."""
+    fast: bool = False
+    """What is certain is carried by programs in the kernel, the rest by the forwarder."""
 
     @property
     def key(self) -> str:
@@ -103,6 +107,8 @@ class Forward(NamedTuple):
     subnet: Prefix
     remote: Address
     """The outer destination address."""
+    fast: bool = False
+    """Whether the peer's kernel takes the datagrams: then inner checksums may be unfinished on a veth."""
 
     @property
     def key(self) -> tuple[str, Prefix]:

@@ -22,7 +22,7 @@ UDP = {
     "Network": "10.5.0.0/16",
     "SubnetMin": "10.5.100.0",
     "SubnetMax": "10.5.190.0",
-    "Backend": {"Type": "udp"},
+    "Backend": {"Type": "udp", "FastPath": "off"},
 }
 V6 = {"IPv6Network": "fd00:5::/48", "EnableIPv6": True}
 FLANNELD = os.environ.get("FLANNELD", "")
@@ -201,7 +201,7 @@ def test_strangers_and_liars_are_shut_out_and_counted(lab: Lab) -> None:
 
 
 def test_an_option_lets_everybody_in(lab: Lab) -> None:
-    one, _two = cluster(lab, {**UDP, "Backend": {"Type": "udp", "AcceptAnySource": True}})
+    one, _two = cluster(lab, {**UDP, "Backend": {"Type": "udp", "AcceptAnySource": True, "FastPath": "off"}})
     stranger = lab.add_node()
     before = counters(one)
     inject(stranger, one, "10.5.222.9", address(one))
@@ -214,12 +214,16 @@ def gain(node: Node, before: dict[str, int]) -> dict[str, int]:
     return {name: now[name] - before.get(name, 0) for name in now if now[name] != before.get(name, 0)}
 
 
-def inject(sender: Node, receiver: Node, source: str, destination: str) -> int:
-    """Send one UDP packet from `source` to `destination` in a datagram; without a source, garbage."""
+def inject(sender: Node, receiver: Node, source: str, destination: str, *, no_sum: bool = False) -> int:
+    """Send one UDP packet from `source` to `destination` in a datagram; without a source, garbage.
+
+    `no_sum`: without an outer checksum, as a fast path sends it.
+    """
     script = (
         "import socket, sys; from tests.packets import Packet;"
         "data = Packet(*sys.argv[3:5], protocol=17).bytes() if sys.argv[3] else b'garbage';"
         "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind((sys.argv[1], 0));"
+        f"s.setsockopt(socket.SOL_SOCKET, 11, {int(no_sum)});"  # SO_NO_CHECK
         "s.sendto(data, (sys.argv[2], 8285))"
     )
     run(sys.executable, "-c", script, str(sender.address), str(receiver.address), source, destination,

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "flannelpy", "backends")
+SHIPPED = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "flannelpy", "backends")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
     source = tmp_path_factory.mktemp("source")
     for name in SHIPPED:
         if (ROOT / name).is_dir():
-            ignore = shutil.ignore_patterns("__pycache__")
+            ignore = shutil.ignore_patterns("__pycache__", "*.o")
             shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
         elif (ROOT / name).exists():
             shutil.copy(ROOT / name, source / name)
@@ -60,6 +60,12 @@ def test_every_module_is_in_it_and_nothing_else(wheel: ZipFile) -> None:
     assert shipped == expected
     assert "flannelpy/py.typed" in shipped
     assert "flannelpy/backends/vxlan/__init__.py" in shipped
+
+
+def test_the_programs_for_the_kernel_are_in_it(wheel: ZipFile) -> None:
+    assert shutil.which("clang"), "make install brings clang"
+    names = wheel.namelist()
+    assert {"flannelpy/backends/udp/fast.bpf.c", "flannelpy/backends/udp/fast.o"} <= set(names)
 
 
 def test_only_one_name_is_taken_in_site_packages(wheel: ZipFile) -> None:

@@ -70,7 +70,7 @@ def test_for_ourselves_a_device_a_forwarder_and_one_route(
         [
             Link("flannel0", "tun", b"", mtu, up=True),
             *(DeviceAddress("flannel0", host(base)) for base in bases),
-            Tunnel("flannel0", parse_address(local), port, mtu, bases, is_open),
+            Tunnel("flannel0", parse_address(local), port, mtu, bases, is_open, "eth0"),
             *(networks[len(base)] for base in bases),
         ]
     )
@@ -103,7 +103,32 @@ def test_a_peer_that_cannot_be_reached_is_refused(text: str, them: Lease, reason
     assert backend(text).peer(them, facts()) == ((), reason)
 
 
-@pytest.mark.parametrize("options", [',"Port":0', ',"Port":65536', ',"Port":"8285"', ',"AcceptAnySource":1'])
+def test_a_node_with_a_fast_path_says_so_and_knows_who_has_one_too() -> None:
+    can, cannot = facts(no_fast_path=""), facts(no_fast_path="no clang")
+    auto = backend(V4)
+    attrs, warnings = auto.attrs(can, None, ())
+    assert (attrs.backend_data, warnings) == ({"FastPath": True}, ())
+    assert auto.attrs(cannot, None, ())[0].backend_data is None
+    own = lease("10.5.1.0/24")
+    assert auto.own(own, can).tunnels["flannel0"].fast
+    assert not auto.own(own, cannot).tunnels["flannel0"].fast
+    for data, fast in (({"FastPath": True}, True), ({"FastPath": 1}, False), (None, False), ([1], False)):
+        them = peer("")
+        them = them._replace(attrs=them.attrs._replace(backend_data=data))
+        assert [item.fast for item in auto.peer(them, can).items if isinstance(item, Forward)] == [fast]
+        assert [item.fast for item in auto.peer(them, cannot).items if isinstance(item, Forward)] == [False]
+    off = backend(V4, ',"FastPath":"off"')
+    assert not off.wants_fast_path
+    assert off.attrs(can, None, ())[0].backend_data is None
+    assert not backend(V6_ONLY).wants_fast_path
+    (warning,) = backend(V4, ',"FastPath":"on"').attrs(cannot, None, ())[1]
+    assert "no clang" in warning
+
+
+@pytest.mark.parametrize(
+    "options",
+    [',"Port":0', ',"Port":65536', ',"Port":"8285"', ',"AcceptAnySource":1', ',"FastPath":"yes"'],
+)
 def test_a_wrong_option_is_named(options: str) -> None:
     with pytest.raises(ConfigError, match=options.split('"')[1]):
         backend(V4, options)
