@@ -60,7 +60,7 @@ def read_object(data: bytes) -> Object:
     """An object file's programs; ValueError if it is none for this machine."""
     try:
         return _read(data)
-    except (struct.error, IndexError, UnicodeDecodeError) as error:
+    except (struct.error, IndexError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f"not a whole object file: {error}") from None
 
 
