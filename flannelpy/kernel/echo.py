@@ -9,15 +9,13 @@ import os
 import socket
 import struct
 
+from flannelpy.model import packet
 from flannelpy.model.address import Address
 
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
 _SO_ATTACH_FILTER = 26
 _HEADER = struct.Struct("!BBHHH")
 """Type, code, checksum, identifier, sequence number."""
-_HEADERS = {4: 28, 16: 48}
-"""Bytes of an echo packet that are no payload, by width of the address."""
-_REQUEST, _REPLY = {4: 8, 16: 128}, {4: 0, 16: 129}
 
 
 class Echo:
@@ -58,9 +56,8 @@ class Echo:
         self._waiting[key] = future
         try:
             began = loop.time()
-            one.sendto(
-                self._packet(width, size - _HEADERS[width]), (socket.inet_ntop(one.family, address), 0)
-            )
+            data = packet.icmp_echo(width, self._identifier << 16 | self._sequence, size)
+            one.sendto(data, (socket.inet_ntop(one.family, address), 0))
             async with asyncio.timeout(seconds):
                 return await future - began
         except (OSError, TimeoutError):  # no route, larger than the device's MTU, no buffer: no answer
@@ -88,7 +85,7 @@ class Echo:
         lines = [
             *start,
             (load_byte, 0, 0, 0),
-            (equal, 0, 3, _REPLY[width]),
+            (equal, 0, 3, packet.ECHO[width][1]),
             (load_half, 0, 0, 4),
             (equal, 0, 1, self._identifier),
             (result, 0, 0, 0xFFFFFFFF),
@@ -100,14 +97,6 @@ class Echo:
             _SO_ATTACH_FILTER,
             struct.pack("@HP", len(lines), ctypes.addressof(program)),
         )
-
-    def _packet(self, width: int, payload: int) -> bytes:
-        head = _HEADER.pack(_REQUEST[width], 0, 0, self._identifier, self._sequence)
-        body = b"flannelpy probe " * (payload // 16 + 1)
-        data = head + body[: max(payload, 0)]
-        if width == 16:
-            return data  # the kernel fills in the checksum, which covers addresses that it chooses
-        return data[:2] + _checksum(data).to_bytes(2) + data[4:]
 
     def _read(self, one: socket.socket, width: int) -> None:
         now = asyncio.get_running_loop().time()
@@ -122,19 +111,9 @@ class Echo:
             if len(data) < start + _HEADER.size:
                 continue
             kind, _code, _sum, identifier, sequence = _HEADER.unpack_from(data, start)
-            if (kind, identifier) != (_REPLY[width], self._identifier):
+            if (kind, identifier) != (packet.ECHO[width][1], self._identifier):
                 continue
             address = socket.inet_pton(one.family, sender[0].partition("%")[0])
             future = self._waiting.get((address, sequence))
             if future is not None and not future.done():
                 future.set_result(now)
-
-
-def _checksum(data: bytes) -> int:
-    """RFC 1071."""
-    if len(data) % 2:
-        data += b"\0"
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
