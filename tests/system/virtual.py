@@ -119,7 +119,7 @@ class VirtualMachine(Machine):
             raise MachineError(f"{QEMU} does not start: {said.decode(errors='replace')}") from None
         finally:
             listener.close()
-        self._line.settimeout(5)
+        self._line.settimeout(30)  # Docker's start keeps an emulated processor busy for seconds
         self._rest = b""
 
     def execute(self, command: str, timeout: float) -> tuple[int, str]:
