@@ -78,7 +78,7 @@ def end(daemon: Process | None) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [V4, DUAL, {**V4, "Backend": {"Type": "host-gw"}}, {**V4, "Backend": {"Type": "udp"}}],
+    [V4, DUAL, {**V4, "Backend": {"Type": "host-gw"}}, {**V4, "Backend": {"Type": "udp", "FastPath": "off"}}],
     ids=["vxlan", "dual stack", "host-gw", "udp"],
 )
 def test_a_healthy_cluster_has_nothing(make_lab: Callable[..., Lab], config: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from tests.netns.nodes import PROGRAM, V4, cluster, log_of, reach
 pytestmark = [pytest.mark.root, pytest.mark.etcd]
 
 DUAL = {**V4, "IPv6Network": "fd00:5::/48", "EnableIPv6": True}
-UDP = {**V4, "Backend": {"Type": "udp"}}
+UDP = {**V4, "Backend": {"Type": "udp", "FastPath": "off"}}
 HOSTGW = {**V4, "Backend": {"Type": "host-gw"}}
 
 
