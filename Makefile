@@ -33,13 +33,13 @@ install: ## bring this machine what is missing, and make .venv
 demo: install ## nodes in network namespaces here, pods that ping across (root)
 	@$(BIN)/flannelpy demo --nodes $(NODES) --backend $(BACKEND) $(if $(HOLD),--hold) $(DEMO_FLAGS)
 
-test: install ## linters, types and every test (root for those in network namespaces)
+test: ## linters, types and every test (root for those in network namespaces)
+	@PYTHON='$(PYTHON)' HOSTS=containers scripts/install.sh || PYTHON='$(PYTHON)' scripts/install.sh
 	@$(MAKE) --no-print-directory lint
-	@HOSTS=containers scripts/install.sh >/dev/null || echo 'without systemd-nspawn: tests/system is skipped'
 	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadscope $(PYTEST_FLAGS)
 
-test-system: install ## two Debian hosts with systemd and Docker, as containers and emulated (root; minutes)
-	@HOSTS=all scripts/install.sh || echo 'something is not to be had (see above): what needs it is skipped'
+test-system: ## two Debian hosts with systemd and Docker, as containers and emulated (root; minutes)
+	@PYTHON='$(PYTHON)' HOSTS=all scripts/install.sh || PYTHON='$(PYTHON)' scripts/install.sh
 	$(BIN)/pytest -m 'emulated or not emulated' -s -rs tests/system $(PYTEST_FLAGS)
 
 soak: install ## thousands of leases that come and go for minutes: does anything grow? (root)
