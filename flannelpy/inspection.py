@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import NamedTuple
 
-from flannelpy import control, settings, start, subnet_env
+from flannelpy import start, subnet_env
 from flannelpy.backend import Backend, load
 from flannelpy.backend import Facts as BackendFacts
+from flannelpy.beside import find_daemon
 from flannelpy.doctor import overlay as checks
 from flannelpy.doctor.facts import Daemon, Facts, Host, Member, Overlay, Store, Way
 from flannelpy.doctor.facts import Path as PathFacts
@@ -39,7 +39,6 @@ from flannelpy.settings import DEFAULT, Settings
 from flannelpy.state_file import Memory, Origin
 
 _STORE_SECONDS = 12.0
-_DAEMON_SECONDS = 1.0
 _SECOND_LOOK = 1.0
 """Seconds after which a difference that a daemon is about to mend is gone."""
 _MOST_WAYS = 64
@@ -48,61 +47,11 @@ _WAYS_AT_ONCE = 8
 Tell = Callable[[str], None]
 
 
-# --- the daemon and its settings ---
-
-
-def find_daemon(subnet_file: str) -> Daemon:
-    """The daemon that writes this subnet.env."""
-    path = control.path_for(subnet_file)
-    pid = control.holder(path)
-    if pid is None:
-        return Daemon(running=False, answers=False)
-    try:
-        status = control.ask(path, "status", _DAEMON_SECONDS)
-    except FlannelpyError as error:
-        return Daemon(running=True, answers=False, pid=pid, trouble=str(error))
-    return Daemon(running=True, answers=True, pid=pid, status=status)
-
-
-def settings_beside(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """The daemon's flags and variables as this command line changes them. Raises SettingsError."""
-    mine = _parsed(argv, environ)
-    pid = control.holder(control.path_for(mine.subnet_file))
-    if pid is None:
-        return mine
-    words, variables = _of_process(pid)
-    with suppress(FlannelpyError):
-        return _parsed([*words, *argv], {**environ, **variables})
-    return mine
-
-
-def _parsed(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    found = settings.parse(argv, environ)
-    if not isinstance(found, Settings):
-        raise FlannelpyError("see flannelpy --help for the daemon's flags")
-    return found
-
-
-def _of_process(pid: int) -> tuple[list[str], dict[str, str]]:
-    """(the flags, the FLANNELD_ variables) of a running daemon; nothing where we may not look."""
-    words: list[str] = []
-    variables: dict[str, str] = {}
-    with suppress(OSError):
-        line = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
-        programs = [i for i, word in enumerate(line) if Path(word).name in ("flannelpy", "__main__.py")]
-        words = line[programs[0] + 1 :] if programs else []
-    with suppress(OSError):
-        text = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "surrogateescape")
-        pairs = (item.partition("=") for item in text.split("\0"))
-        variables = {name: value for name, _equals, value in pairs if name.startswith("FLANNELD_")}
-    return words, variables
-
-
 # --- the whole ---
 
 
 def inspect(known: Settings, *, most_peers: int, tell: Tell, try_features: bool = True) -> Facts:
-    """Everything that the checks look at; probes to at most so many ways (0: none). Raises nothing."""
+    """Everything that the checks look at; probes to at most so many ways (0: none)."""
     tell("the daemon")
     daemon = find_daemon(known.subnet_file)
     privileged = look.has_net_admin()
@@ -130,13 +79,16 @@ def inspect(known: Settings, *, most_peers: int, tell: Tell, try_features: bool 
 
 
 def probe_paths(overlay: Overlay, most: int, tell: Tell) -> tuple[PathFacts, ...]:
-    """The ways to a sample of the peers, a few at a time: silent ones take seconds."""
+    """The ways to a sample of the peers, a few at a time: silent ones take seconds. Raises FlannelpyError."""
     chosen = sample(destinations(overlay), most)
     found = []
-    with ThreadPoolExecutor(_WAYS_AT_ONCE) as pool:
-        for number, path in enumerate(pool.map(probe, chosen), 1):
-            tell(f"the ways to peers: {path.name}, {number} of {len(chosen)}")
-            found.append(path)
+    try:
+        with ThreadPoolExecutor(_WAYS_AT_ONCE) as pool:
+            for number, path in enumerate(pool.map(probe, chosen), 1):
+                tell(f"the ways to peers: {path.name}, {number} of {len(chosen)}")
+                found.append(path)
+    except OSError as error:
+        raise FlannelpyError(f"cannot send probes: {error.strerror}; run this as root") from None
     return tuple(found)
 
 

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from flannelpy import inspection
+from flannelpy.beside import settings_beside
 from flannelpy.cli.admin import Parser, add_output_flag, dump, table, wants_json
 from flannelpy.cli.doctor import Progress
 from flannelpy.doctor.facts import Overlay
@@ -61,6 +62,29 @@ class Measured(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Serve, or measure."""
+    options, rest = _parser().parse_known_args(argv)
+    if options.serve == bool(options.peer):
+        raise FlannelpyError("give a PEER to measure, or --serve on that peer")
+    if not 0 < options.port < 65536:
+        raise FlannelpyError(f"--port {options.port}: must be 1 to 65535")
+    known = settings_beside(rest, os.environ)
+    with Progress() as progress:
+        facts = inspection.inspect(known, most_peers=0, tell=progress.tell, try_features=False)
+    overlay = facts.overlay
+    if overlay is None or overlay.own is None or overlay.uplink is None:
+        raise FlannelpyError(f"this host has no part in the network: {facts.overlay_trouble or 'no lease'}")
+    if options.serve:
+        local = [own.prefix.address for one in facts.host.interfaces for own in one.addresses]
+        return _serve(overlay, local, options.port, options.seconds or _SERVE_SECONDS)
+    ways = ways_to(overlay, options.peer)
+    seconds, rounds = min(options.seconds or 2, 30), max(1, min(options.rounds, 20))
+    with Progress() as progress:
+        under, over = _compare(ways, options.port, rounds, seconds, progress.tell)
+    print(dump(document(ways, under, over)) if wants_json(options) else "\n".join(lines(ways, under, over)))
+    return 0
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog="flannelpy bench",
         allow_abbrev=False,
@@ -80,26 +104,7 @@ def main(argv: list[str]) -> int:
         help=f"per way and round (default: 2); with --serve until it ends (default: {_SERVE_SECONDS})",
     )
     add_output_flag(parser)
-    options, rest = parser.parse_known_args(argv)
-    if options.serve == bool(options.peer):
-        raise FlannelpyError("give a PEER to measure, or --serve on that peer")
-    if not 0 < options.port < 65536:
-        raise FlannelpyError(f"--port {options.port}: must be 1 to 65535")
-    known = inspection.settings_beside(rest, os.environ)
-    with Progress() as progress:
-        facts = inspection.inspect(known, most_peers=0, tell=progress.tell, try_features=False)
-    overlay = facts.overlay
-    if overlay is None or overlay.own is None or overlay.uplink is None:
-        raise FlannelpyError(f"this host has no part in the network: {facts.overlay_trouble or 'no lease'}")
-    if options.serve:
-        local = [own.prefix.address for one in facts.host.interfaces for own in one.addresses]
-        return _serve(overlay, local, options.port, options.seconds or _SERVE_SECONDS)
-    ways = ways_to(overlay, options.peer)
-    seconds, rounds = min(options.seconds or 2, 30), max(1, min(options.rounds, 20))
-    with Progress() as progress:
-        under, over = _compare(ways, options.port, rounds, seconds, progress.tell)
-    print(dump(document(ways, under, over)) if wants_json(options) else "\n".join(lines(ways, under, over)))
-    return 0
+    return parser
 
 
 # --- which addresses ---

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import NamedTuple
 
 from flannelpy import inspection
+from flannelpy.beside import settings_beside
 from flannelpy.cli import packets
 from flannelpy.cli.admin import Parser, add_output_flag, dump, wants_json
 from flannelpy.cli.doctor import Progress
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
         wants_json(options),
     )
     packets.require()
-    known = inspection.settings_beside(rest, os.environ)
+    known = settings_beside(rest, os.environ)
     with Progress() as progress:
         facts = inspection.inspect(known, most_peers=0, tell=progress.tell, try_features=False)
     if facts.overlay is None:

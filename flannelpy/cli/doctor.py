@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from flannelpy import inspection
+from flannelpy.beside import settings_beside
 from flannelpy.cli.admin import Parser, add_output_flag, dump, shown, wants_json
 from flannelpy.doctor.checks import examine
 from flannelpy.doctor.facts import Facts, Path
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     )
     add_output_flag(parser)
     options, rest = parser.parse_known_args(argv)
-    known = inspection.settings_beside(rest, os.environ)
+    known = settings_beside(rest, os.environ)
     began = time.monotonic()
     with Progress() as progress:
         facts = inspection.inspect(known, most_peers=max(0, options.peers), tell=progress.tell)

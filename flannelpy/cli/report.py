@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from flannelpy import __version__, control, inspection
+from flannelpy.beside import settings_beside
 from flannelpy.cli import doctor
 from flannelpy.cli.admin import Parser, dump
 from flannelpy.doctor.checks import examine
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     if not options.file:
         raise FlannelpyError("--file must be the path of a file, not empty")
-    known = inspection.settings_beside(rest, os.environ)
+    known = settings_beside(rest, os.environ)
     hide = secrets_of(known)
     with doctor.Progress() as progress:
         count = _pack(options.file, _parts(known, options.log, progress.tell), hide)

@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from flannelpy import inspection
+from flannelpy.beside import settings_beside
 from flannelpy.cli import packets
 from flannelpy.cli.admin import Parser, add_output_flag, dump, shown, wants_json
 from flannelpy.cli.doctor import Progress
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     address = _address(options.pod_ip)
     if not options.no_probe:
         packets.require()
-    known = inspection.settings_beside(rest, os.environ)
+    known = settings_beside(rest, os.environ)
     with Progress() as progress:
         facts = inspection.inspect(known, most_peers=0, tell=progress.tell, try_features=False)
     if facts.overlay is None:

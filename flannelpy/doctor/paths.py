@@ -156,26 +156,33 @@ def _no_tunnel(path: Path, who: str) -> Finding:
             "it takes our frames for somebody else's and drops them",
             f"on {ip}: systemctl restart flannelpy; flannelpy doctor there says why",
         )
-    plain, wrapped = path.arrives.get("plain"), path.arrives.get("vxlan")
-    if plain and not wrapped:
-        passing = [name for name in path.arrives if name.isdigit() and path.arrives[name]]
-        instead = f"set Backend.Port to one that passes ({', '.join(passing)})" if passing else (
-            "carry the network by udp (Backend.Type: udp)"
-        )  # fmt: skip
-        return error(
-            "vxlan-eaten",
-            f"something on the way to {who} takes VXLAN packets on UDP port {port} away; plain datagrams to"
-            " that port pass",
-            "a virtual switch (VMware NSX, Azure and others) takes them for its own",
-            f"{instead}: flannelpy config set, then restart every daemon",
-        )
-    where = f"on {ip} (the datagrams reach it, its own firewall drops them)" if wrapped else (
-        f"between here and {ip} (firewalls, security groups), and on {ip}"
-    )  # fmt: skip
-    told = bool(path.arrives.get("closed"))
-    doubt = "" if wrapped or told else (
-        f"; or VXLAN is taken away on the way: run flannelpy capture --peer on {ip} to see what arrives"
-    )  # fmt: skip
+    if path.arrives.get("plain") and not path.arrives.get("vxlan"):
+        return _eaten(path, who)
+    return _blocked(path, who)
+
+
+def _eaten(path: Path, who: str) -> Finding:
+    passing = [name for name in path.arrives if name.isdigit() and path.arrives[name]]
+    instead = "carry the network by udp (Backend.Type: udp)"
+    if passing:
+        instead = f"set Backend.Port to one that passes ({', '.join(passing)})"
+    return error(
+        "vxlan-eaten",
+        f"something on the way to {who} takes VXLAN packets on UDP port {path.port} away; plain datagrams to"
+        " that port pass",
+        "a virtual switch (VMware NSX, Azure and others) takes them for its own",
+        f"{instead}: flannelpy config set, then restart every daemon",
+    )
+
+
+def _blocked(path: Path, who: str) -> Finding:
+    port, ip, arrived = path.port, format_address(path.remote), path.arrives.get("vxlan")
+    where = f"between here and {ip} (firewalls, security groups), and on {ip}"
+    doubt = ""
+    if arrived:
+        where = f"on {ip} (the datagrams reach it, its own firewall drops them)"
+    elif not path.arrives.get("closed"):
+        doubt = "; or VXLAN is taken away on the way: run flannelpy capture --peer there to see what arrives"
     return error(
         "port-blocked",
         f"encapsulated packets to {who} (UDP port {port}) are not answered, although the host is there",

@@ -1,6 +1,8 @@
 """One way to a peer, probed step by step: the underlay, the encapsulation, the overlay, sizes, checksums."""
 
-from contextlib import suppress
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 
 from flannelpy.doctor.facts import Path
 from flannelpy.doctor.paths import OTHER_PORTS, Destination
@@ -45,10 +47,13 @@ def _probe(to: Destination, probers: "_Probers") -> Path:
     if path.underlay is None:
         path = path._replace(underlay_udp=under.closed_port(path.remote))
     else:
+        under.learn(path.underlay)
         path = _underlay_sizes(path, under)
     if path.port is not None:
         path = _tunnel(path, to, under)
     over = probers.of(to.target)
+    if over is not under and path.underlay is not None:
+        over.learn(path.underlay)
     path = path._replace(overlay=over.echo(to.target))
     if path.overlay is not None and not to.direct:
         path = path._replace(overlay_full=over.echo(to.target, path.mtu) is not None)
@@ -72,32 +77,42 @@ def _tunnel(path: Path, to: Destination, under: Prober) -> Path:
         to.local, path.remote, path.port, to.vni, to.own_mac, path.mac or b"", to.source, to.target
     )
     with suppress(OSError):
-        answer = wrapped_echo(to.uplink, way)
+        answer = wrapped_echo(to.uplink, way, under.patience)
         if answer is not None:
             return path._replace(tunnel=answer.seconds)
         if to.vni is not None:
-            answer = wrapped_echo(to.uplink, way._replace(target_mac=_BROADCAST))
+            answer = wrapped_echo(to.uplink, way._replace(target_mac=_BROADCAST), under.patience)
             if answer is not None:
                 return path._replace(tunnel_by_broadcast=answer.mac)
     if under.refused(path.remote, path.port):
         return path._replace(refused=True)
-    return path._replace(arrives=_arrivals(path, to, under))
+    return path._replace(arrives=_arrivals(path, to, under.patience))
 
 
-def _arrivals(path: Path, to: Destination, under: Prober) -> dict[str, bool]:
+def _arrivals(path: Path, to: Destination, patience: float) -> dict[str, bool]:
     """What reaches the peer's IP layer, kind by kind: errors that it must send tell it."""
     assert path.port is not None  # noqa: S101
-    found = {"closed": under.arrives(to.local, path.remote, 33433, _PLAIN)}
+    wrapped = _PLAIN
+    if to.vni is not None:
+        inner = packet.echo_packet(to.source, to.target, 1)
+        wrapped = packet.vxlan(to.vni, path.mac or _BROADCAST, to.own_mac, inner)
+    kinds = {"closed": (33433, _PLAIN), "plain": (path.port, _PLAIN), "vxlan": (path.port, wrapped)}
+    found = _ask(to, kinds, patience)
     if not found["closed"]:
-        return found  # options are dropped somewhere: this tells nothing
-    found["plain"] = under.arrives(to.local, path.remote, path.port, _PLAIN)
-    if to.vni is None:
-        return found | {"vxlan": found["plain"]}
-    inner = packet.echo_packet(to.source, to.target, 1)
-    wrapped = packet.vxlan(to.vni, path.mac or _BROADCAST, to.own_mac, inner)
-    found["vxlan"] = under.arrives(to.local, path.remote, path.port, wrapped)
+        return {"closed": False}  # options are dropped somewhere: this tells nothing
     if found["plain"] and not found["vxlan"]:
-        for port in OTHER_PORTS:
-            if port != path.port:
-                found[str(port)] = under.arrives(to.local, path.remote, port, wrapped)
+        others = [port for port in OTHER_PORTS if port != path.port]
+        found |= _ask(to, {str(port): (port, wrapped) for port in others}, patience)
     return found
+
+
+def _ask(to: Destination, kinds: Mapping[str, tuple[int, bytes]], patience: float) -> dict[str, bool]:
+    """Whether datagrams (port, payload) arrive, all at the same time."""
+
+    def ask(kind: tuple[int, bytes]) -> bool:
+        with closing(Prober(len(to.local))) as prober:
+            prober.patience = patience
+            return prober.arrives(to.local, to.path.remote, *kind)
+
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        return dict(zip(kinds, pool.map(ask, kinds.values()), strict=True))

@@ -26,6 +26,8 @@ from flannelpy.model.address import Address, Mac, format_address
 
 SECONDS = 0.5
 """How long an answer may take. Each probe that stays without one is sent once more."""
+_LEAST_SECONDS, _TRIPS = 0.2, 20
+"""Where the round trip is known, it may take so many of them, but at least so long."""
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
 _CLOSED_PORTS = range(33434, 33534)
 """Those of traceroute: nobody listens there."""
@@ -66,6 +68,8 @@ class Prober:
 
     def __init__(self, width: int) -> None:
         self._width = width
+        self.patience = SECONDS
+        """Seconds for an answer."""
         self._family = socket.AF_INET if width == 4 else socket.AF_INET6
         protocol = socket.IPPROTO_ICMP if width == 4 else socket.IPPROTO_ICMPV6
         self._icmp = socket.socket(self._family, socket.SOCK_RAW, protocol)
@@ -73,12 +77,18 @@ class Prober:
         self._icmp.setblocking(False)
         self._raw = socket.socket(self._family, socket.SOCK_RAW, socket.IPPROTO_RAW)
         self._numbers = itertools.count(int.from_bytes(os.urandom(2)) << 16 | 1)
-        self._ports = itertools.cycle(_CLOSED_PORTS)
+        # Each begins elsewhere: one of another thread hears the same errors.
+        first = os.urandom(1)[0] % len(_CLOSED_PORTS)
+        self._ports = itertools.cycle([*_CLOSED_PORTS[first:], *_CLOSED_PORTS[:first]])
 
     def close(self) -> None:
         """Give the sockets back."""
         self._icmp.close()
         self._raw.close()
+
+    def learn(self, trip: float) -> None:
+        """The round trip to the peer is this: its silence is known sooner."""
+        self.patience = min(SECONDS, max(_LEAST_SECONDS, _TRIPS * trip))
 
     # --- echoes ---
 
@@ -100,7 +110,7 @@ class Prober:
                 self._icmp.sendto(packet.icmp_echo(self._width, number, size), (format_address(target), 0))
                 sent[number] = (size, time.monotonic())
         found: dict[int, float] = {}
-        for data, source in self._heard(SECONDS, lambda: len(found) < len(sent)):
+        for data, source in self._heard(lambda: len(found) < len(sent)):
             reply = packet.ECHO[self._width][1]
             if source == target and len(data) >= 8 and data[0] == reply:
                 size, began = sent.get(int.from_bytes(data[4:8]), (0, 0.0))
@@ -109,9 +119,9 @@ class Prober:
         return found
 
     def largest(self, target: Address, low: int, high: int) -> int:
-        """The largest echo between the two that comes back; 0 if none does. A few dozen packets."""
+        """The largest echo between the two that comes back; 0 if none does. Under a hundred packets."""
         while True:
-            step = max(1, (high - low) // 12)
+            step = max(1, (high - low) // 31)
             sizes = sorted({*range(low, high, step), high})
             answered = self.echoes(target, sizes)
             missing = [size for size in sizes if size not in answered]
@@ -133,7 +143,7 @@ class Prober:
     def refused(self, target: Address, port: int, size: int = 84) -> bool:
         """Whether a port is closed. The checksum is left to the device, as for all that sockets send."""
         with socket.socket(self._family, socket.SOCK_DGRAM) as client:
-            client.settimeout(SECONDS)
+            client.settimeout(self.patience)
             _never_fragment(client, self._width)
             try:
                 client.connect((format_address(target), port))
@@ -177,15 +187,15 @@ class Prober:
     def _error(self, peer: Address, kind: tuple[int, int | None], ports: tuple[int, int]) -> bool:
         """Whether the peer itself sends an ICMP error of that kind about a datagram between these ports."""
         wanted = struct.pack("!HH", *ports)
-        for data, source in self._heard(SECONDS, lambda: True):
+        for data, source in self._heard(lambda: True):
             matches = data[:1] == bytes([kind[0]]) and kind[1] in (None, data[1])
             if matches and source == peer and wanted in data[8:]:
                 return True
         return False
 
-    def _heard(self, seconds: float, more: Callable[[], bool]) -> Iterator[tuple[bytes, Address]]:
+    def _heard(self, more: Callable[[], bool]) -> Iterator[tuple[bytes, Address]]:
         """(ICMP message, who sent it) until the time is over or nothing more is wanted."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self.patience
         while more() and (left := deadline - time.monotonic()) > 0:
             if not select.select([self._icmp], [], [], left)[0]:
                 return
@@ -199,7 +209,7 @@ class Prober:
 # --- the encapsulation ---
 
 
-def wrapped_echo(device: str, way: Wrapping) -> Answer | None:
+def wrapped_echo(device: str, way: Wrapping, seconds: float = SECONDS) -> Answer | None:
     """Send an echo that we wrapped ourselves, and look at the uplink for its answer. Raises OSError.
 
     The answer is seen as it comes in, before rules and our own tables have a say.
@@ -215,14 +225,14 @@ def wrapped_echo(device: str, way: Wrapping) -> Answer | None:
         for _attempt in range(2):
             began = time.monotonic()
             client.sendto(data, (format_address(way.remote), way.port))
-            mac = _wait_for(watcher, way, number)
+            mac = _wait_for(watcher, way, number, seconds)
             if mac is not None:
                 return Answer(time.monotonic() - began, mac)
     return None
 
 
-def _wait_for(watcher: socket.socket, way: Wrapping, number: int) -> Mac | None:
-    deadline = time.monotonic() + SECONDS
+def _wait_for(watcher: socket.socket, way: Wrapping, number: int, seconds: float) -> Mac | None:
+    deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         if not select.select([watcher], [], [], left)[0]:
             return None
