@@ -63,9 +63,6 @@ class FastPath:
         self._programs: dict[str, int] = {}
         self._index = 0
         """The uplink's."""
-        self._unfinished = False
-        """Whether the uplink is a virtual device. Those may hand a packet over with its inner checksum still
-        to be made (veth and netkit do), which only a kernel can take; an adapter or its driver makes it."""
         self._told: Tunnel | None = None
         self._indices = (0, 0)
         self._refused: tuple[Tunnel, str] | None = None
@@ -85,8 +82,7 @@ class FastPath:
         """Try whether there can be a fast path over an uplink; empty if so, else what stands in its way."""
         try:
             self._load()
-            index, kind = self._device(uplink)
-            self._index, self._unfinished = index, bool(kind)
+            index = self._index = self._device(uplink)
             if not self._is_attached(index, _INGRESS):
                 self._attach(index, _INGRESS, "decap")  # its settings are empty: it takes nothing yet
         except (OSError, ValueError) as error:
@@ -106,8 +102,7 @@ class FastPath:
         if self._told != tunnel:
             return False
         try:
-            device, _kind = self._device(tunnel.device)
-            uplink, _kind = self._device(tunnel.uplink)
+            device, uplink = self._device(tunnel.device), self._device(tunnel.uplink)
             return (
                 self._indices == (uplink, device)
                 and self._is_attached(device, _EGRESS)
@@ -131,14 +126,13 @@ class FastPath:
 
     def _put(self, tunnel: Tunnel) -> None:
         self._load()
-        device, _kind = self._device(tunnel.device)
-        uplink, kind = self._device(tunnel.uplink)
+        device, uplink = self._device(tunnel.device), self._device(tunnel.uplink)
         before, self._told = self._told, tunnel
         if before is not None and before.uplink != tunnel.uplink:
             with suppress(OSError):
-                self._detach(self._device(before.uplink)[0], _INGRESS)
-        if (self._index, self._unfinished) != (uplink, bool(kind)):
-            self._index, self._unfinished = uplink, bool(kind)
+                self._detach(self._device(before.uplink), _INGRESS)
+        if self._index != uplink:
+            self._index = uplink
             self.apply(list(self.entries.values()), ())
         settings = _SETTINGS.pack(uplink, device, tunnel.local, socket.htons(tunnel.port), tunnel.mtu)
         self._maps["config"].put(bytes(4), settings)
@@ -150,7 +144,11 @@ class FastPath:
         log.info("fast path of %s over %s: in the kernel", tunnel.device, tunnel.uplink)
 
     def apply(self, put: Iterable[Forward], gone: Iterable[Prefix]) -> None:
-        """Change the table. IPv6 packets are the forwarder's, and what leaves by another device."""
+        """Change the table. IPv6 packets are the forwarder's, and what leaves by another device.
+
+        So is what goes to peers whose kernel does not take datagrams: veth, netkit and virtio may hand a
+        packet over with its inner checksum still to be made, and a process would take it for a broken one.
+        """
         if not self._maps:
             return
         peers = self._maps["peers"]
@@ -163,7 +161,7 @@ class FastPath:
             if item.subnet.bits == 32 and len(item.remote) == 4:
                 route = read_route(answer) if answer is not None else None
                 elsewhere = route is None or route.ifindex != self._index
-                slow = elsewhere or (self._unfinished and not item.fast)
+                slow = elsewhere or not item.fast
                 peers.put(_key(item.subnet), _PEER.pack(item.remote, slow))
             self.entries[item.subnet] = item
 
@@ -171,7 +169,7 @@ class FastPath:
         """Detach at once."""
         for name, hook in ((tunnel.device, _EGRESS), (tunnel.uplink, _INGRESS)):
             with suppress(OSError):
-                self._detach(self._device(name)[0], hook)
+                self._detach(self._device(name), hook)
         self._told = None
 
     def counters(self) -> dict[str, int]:
@@ -188,9 +186,9 @@ class FastPath:
         """Send nothing this way from now on; take in what peers send until they know, then detach."""
         self._told = None
         with suppress(OSError):
-            self._detach(self._device(tunnel.device)[0], _EGRESS)
+            self._detach(self._device(tunnel.device), _EGRESS)
         try:
-            uplink, _kind = self._device(tunnel.uplink)
+            uplink = self._device(tunnel.uplink)
             if not self._is_attached(uplink, _INGRESS):
                 return
         except OSError:
@@ -230,10 +228,9 @@ class FastPath:
                 raise NetlinkError(errno.EPERM, "not permitted: CAP_BPF is missing") from None
             raise
 
-    def _device(self, name: str) -> tuple[int, str]:
-        """(index, kind) of a device; NetlinkError if there is none."""
-        link = read_link(self._netlink.request(codec.link_dump(name))[0])
-        return link.ifindex, link.kind
+    def _device(self, name: str) -> int:
+        """The index of a device; NetlinkError if there is none."""
+        return read_link(self._netlink.request(codec.link_dump(name))[0]).ifindex
 
     def _attach(self, index: int, hook: int, program: str) -> None:
         try:
