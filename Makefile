@@ -13,7 +13,7 @@ HOLD ?=
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 # Most tests wait for a daemon or for etcd: more of them at a time than there are processors.
-WORKERS ?= 4
+WORKERS ?= 3
 BENCH_FLAGS ?= --leases 0,1000 --rounds 3
 FLANNELD ?=
 PYTHON ?= python3
