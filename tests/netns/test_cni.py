@@ -1,8 +1,6 @@
 """Pods made by the CNI plugin alone, with real bridge and host-local, on nodes that run real daemons."""
 
 import os
-import re
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -82,23 +80,23 @@ def assert_all_reach_all(lab: Lab, pods: Sequence[tuple[str, list[str]]]) -> Non
                     )
 
 
+PACKETS = 6000
+"""Enough for three restarts."""
+
+
 def flow(source: str, target: str, log: Path) -> "subprocess.Popen[bytes]":
-    """1,000 packets a second; when it ends, by SIGINT, the count stands in the log."""
-    ping = ("ping", "-n", "-q", "-i", "0.001", "-s", "1200", target)
+    """1,000 packets a second; when it ends, the count stands in the log."""
+    ping = ("ping", "-n", "-q", "-i", "0.001", "-c", str(PACKETS), "-s", "1200", target)
     command = inside(source, "env", "LC_ALL=C", *ping)
     with log.open("wb") as output:
         return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdout=output, stderr=output)
 
 
 def assert_none_lost(packets: "subprocess.Popen[bytes]", log: Path) -> None:
-    """End the flow; the last packets may still be on their way."""
+    """What was done was done under the flow, and every single packet came back."""
     assert packets.poll() is None
-    packets.send_signal(signal.SIGINT)
-    packets.wait(10)
-    counts = re.search(r"(\d+) packets transmitted, (\d+) received", log.read_text())
-    assert counts, log.read_text()
-    assert int(counts[1]) > 500
-    assert int(counts[1]) - int(counts[2]) <= 5, counts[0]
+    packets.wait(60)
+    assert f"{PACKETS} packets transmitted, {PACKETS} received, 0% packet loss" in log.read_text()
 
 
 @pytest.mark.parametrize("backend", ["vxlan", "host-gw", "udp"])
