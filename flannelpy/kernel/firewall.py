@@ -70,7 +70,7 @@ class Firewall:
         self, wanted: RuleSet, *, keep_iptables: bool, needed: RuleSet, forward_is_served: bool = True
     ) -> list[str]:
         """Our own tables as wanted; and who drops what is `needed`."""
-        self.trouble = self._legacy_trouble
+        self.trouble = None
         if self._nftables is None:
             return []
         try:
@@ -87,8 +87,14 @@ class Firewall:
     async def _in_legacy(self, needed: RuleSet) -> list[str]:
         """Nothing of ours in legacy iptables; and whether its policy drops what is `needed`.
 
-        Looked at once, again when tables were loaded, and again while it drops.
+        Looked at once, again when tables were loaded, and again while it drops. To be asked after nf_tables:
+        what drops there is named first.
         """
+        words = await self._look_at_legacy(needed)
+        self.trouble = self.trouble or self._legacy_trouble
+        return words
+
+    async def _look_at_legacy(self, needed: RuleSet) -> list[str]:
         now = asyncio.get_running_loop().time()
         tables = {bits: iptables.legacy_tables(bits) for bits in (32, 128)}
         if tables == self._legacy_seen and not (self._legacy_trouble and now >= self._legacy_at):
