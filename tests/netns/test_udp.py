@@ -33,7 +33,8 @@ def cluster(lab: Lab, config: dict[str, Any] = UDP, nodes: int = 2) -> list[Node
     lab.put_config(config)
     for _number in range(nodes):
         lab.add_node()
-    wait_ready([lab.start_daemon(node) for node in lab.nodes])
+    # Without probes of peers: packets are counted here.
+    wait_ready([lab.start_daemon(node, flags=["--peer-probes=false"]) for node in lab.nodes])
     for node in lab.nodes:
         lab.add_pod(node)
     for source in lab.nodes:
