@@ -33,10 +33,17 @@ class Counted(Echo):
     sent = 0
     bytes = 0
 
-    async def ask(self, address: Address, size: int, seconds: float) -> float | None:
+    async def ask(
+        self, address: Address, size: int, seconds: float, *, next_hop: bool = False
+    ) -> float | None:
         Counted.sent += 1
         Counted.bytes += size
-        return await super().ask(address, size, seconds)
+        return await super().ask(address, size, seconds, next_hop=next_hop)
+
+    async def is_refused(self, address: Address, seconds: float, *, summed_here: bool = False) -> bool:
+        Counted.sent += 1
+        Counted.bytes += 84
+        return await super().is_refused(address, seconds, summed_here=summed_here)
 
 
 def peers(count: int) -> dict[str, Lease]:

@@ -1,6 +1,15 @@
 """How the daemon is, in plain values; other parts only read them. `verdict` says what they mean."""
 
+from typing import NamedTuple
+
 from flannelpy.metrics import Metrics
+
+
+class Trip(NamedTuple):
+    """Round trips to a peer as they were last probed, in seconds; None = no answer."""
+
+    overlay: float | None
+    underlay: float | None
 
 
 class Health:
@@ -44,6 +53,8 @@ class Health:
         """Key of a peer that the kernel has not whole -> since when, on the loop's clock."""
         self.unreached: dict[tuple[str, bytes], str] = {}
         """(key, overlay address) of a peer that does not answer (all) probes -> the layer at fault."""
+        self.trips: dict[str, Trip] = {}
+        """Key of a peer -> its round trips, in the family that was probed last."""
         self.refused: dict[str, str] = {}
         """Key -> why (a part of) this peer is not programmed."""
         self.unreadable: dict[str, str] = {}

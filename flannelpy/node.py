@@ -180,7 +180,7 @@ class Node:
                 tasks.create_task(self._strangers.run(), name="keep the peer filter")
             tasks.create_task(self._claim.keep(), name="keep the lease")
             tasks.create_task(self._tell_ready(reconciler, own), name="tell when ready")
-            if parts.open_pinger is not None and parts.backend.devices:
+            if parts.open_pinger is not None and parts.backend.follows_peers:
                 tasks.create_task(self._probe_peers(reconciler, parts.open_pinger), name="probe the peers")
             knowledge = self._knowledge
             tasks.create_task(knowledge.follow_config(self._own), name="follow the config")
@@ -311,7 +311,7 @@ class Node:
     def _probe_targets(self) -> list[Target]:
         own, refused = self._claim.own, self._parts.health.refused
         peers = [lease for lease in self._knowledge.all_leases() if lease.key not in refused]
-        return [] if own is None else targets(peers, own)
+        return [] if own is None else targets(peers, own, routed=not self._parts.backend.devices)
 
     # --- changes -----------------------------------------------------------------------------------------
 

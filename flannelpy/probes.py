@@ -13,14 +13,14 @@ from collections.abc import Callable
 from random import Random
 from typing import NamedTuple, Protocol
 
-from flannelpy.health import Health
+from flannelpy.health import Health, Trip
 from flannelpy.model.address import Address, format_address
 from flannelpy.model.probe import MEANING, Heard, Target, fault
 
 log = logging.getLogger(__name__)
 
 _PER_SECOND = 4.0
-"""Peers that are asked, at most: two packets each, if all is well."""
+"""Peers that are asked, at most: four packets each, if all is well."""
 _ROUND_SECONDS = 10.0
 """A round over all peers takes at least so long."""
 _SETTLE_SECONDS = 3.0
@@ -37,10 +37,22 @@ _SMALL = 84
 
 
 class Pinger(Protocol):
-    """Sends echo requests; `kernel.echo.Echo` is the real one."""
+    """Sends probes; `kernel.echo.Echo` is the real one."""
 
-    async def ask(self, address: Address, size: int, seconds: float) -> float | None:
-        """The round trip time of a packet of `size` bytes; None without an answer."""
+    async def ask(
+        self, address: Address, size: int, seconds: float, *, next_hop: bool = False
+    ) -> float | None:
+        """The round trip time of an echo request of `size` bytes; None without an answer.
+
+        `next_hop`: to no further than the next hop, which answers whether it has that address or not.
+        """
+        ...
+
+    async def is_refused(self, address: Address, seconds: float, *, summed_here: bool = False) -> bool:
+        """Whether a datagram to a closed port is refused, as it should be.
+
+        Its checksum is left to the network card, unless `summed_here`.
+        """
         ...
 
     def close(self) -> None:
@@ -125,22 +137,34 @@ class Probes:
     async def _probe(self, pinger: Pinger, target: Target, now: Situation) -> Heard:
         async def ask(address: Address, size: int) -> float | None:
             for _try in range(_TRIES):
-                heard = await pinger.ask(address, size, _ANSWER_SECONDS)
+                heard = await pinger.ask(address, size, _ANSWER_SECONDS, next_hop=target.is_routed)
                 if heard is not None:
                     return heard
             return None
 
-        overlay = await ask(target.overlay, _SMALL)
+        overlay, underlay = await asyncio.gather(ask(target.overlay, _SMALL), ask(target.underlay, _SMALL))
         if overlay is None:
-            return Heard(None, underlay=await ask(target.underlay, _SMALL))
+            return Heard(None, None, underlay)
         full = await ask(target.overlay, now.overlay_mtu)
         if full is None:
-            return Heard(overlay, None, underlay_full=await ask(target.underlay, now.underlay_mtu))
-        return Heard(overlay, full)
+            return Heard(overlay, None, underlay, await ask(target.underlay, now.underlay_mtu))
+        # The card's sums are the hosts' own matter without a tunnel, and TCP to the store tells of them.
+        wrong_sums = not target.is_routed and await self._sums_are_wrong(pinger, target.overlay)
+        return Heard(overlay, full, underlay, only_summed_here=wrong_sums)
+
+    async def _sums_are_wrong(self, pinger: Pinger, address: Address) -> bool:
+        """A firewall that drops datagrams drops both kinds: that says nothing."""
+        for _try in range(_TRIES):
+            if await pinger.is_refused(address, _ANSWER_SECONDS):
+                return False
+            if not await pinger.is_refused(address, _ANSWER_SECONDS, summed_here=True):
+                return False
+        return True
 
     def _note(self, target: Target, heard: Heard) -> None:
         unreached, place = self._health.unreached, (target.key, target.overlay)
-        layer, before = fault(heard), unreached.get(place)
+        self._health.trips[target.key] = Trip(heard.overlay, heard.underlay)
+        layer, before = fault(target, heard), unreached.get(place)
         if layer is not None:
             suspected = target in self._unreached
             self._unreached[target] = asyncio.get_running_loop().time() + _AGAIN_SECONDS
@@ -165,6 +189,8 @@ class Probes:
             log.log(level, "%s", text)
 
     def _end_of_round(self) -> None:
+        for key in [key for key in self._health.trips if not self._look().is_here(key)]:
+            del self._health.trips[key]
         if self._named > _NAMED:
             log.warning("and %d more peers that are reached or not; %d are not (all)",
                         self._named - _NAMED, len(self._health.unreached))  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flannelpy import __version__
 from flannelpy.backend import Backend, Facts
-from flannelpy.health import Health
+from flannelpy.health import Health, Trip
 from flannelpy.model.address import format_address
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease
@@ -71,8 +71,11 @@ def peers(node: Node | None, health: Health) -> list[dict[str, Any]]:
         known.pop(node.own.key, None)
     troubled = _troubled(node, health)
     return [
-        *(_peer(key, lease, *troubled[key]) for key, lease in _named(known, troubled)),
-        *(_peer(key, known[key], "programmed", None) for key in sorted(known.keys() - troubled.keys())),
+        *(_peer(key, lease, *troubled[key], health.trips.get(key)) for key, lease in _named(known, troubled)),
+        *(
+            _peer(key, known[key], "programmed", None, health.trips.get(key))
+            for key in sorted(known.keys() - troubled.keys())
+        ),
     ]
 
 
@@ -121,7 +124,8 @@ def _peers(node: Node, health: Health) -> dict[str, Any]:
         "held": health.held,
         "unreached": len({key for key, _address in health.unreached}),
         "troubled": [
-            _peer(key, lease, *troubled[key]) for key, lease in _named(known, list(troubled)[:_LISTED])
+            _peer(key, lease, *troubled[key], health.trips.get(key))
+            for key, lease in _named(known, list(troubled)[:_LISTED])
         ],
     }
 
@@ -139,7 +143,7 @@ def _troubled(node: Node, health: Health) -> dict[str, tuple[str, str | None]]:
     }
 
 
-def _peer(key: str, lease: Lease | None, state: str, reason: str | None) -> dict[str, Any]:
+def _peer(key: str, lease: Lease | None, state: str, reason: str | None, trip: Trip | None) -> dict[str, Any]:
     attrs = lease and lease.attrs
     return {
         "key": key,
@@ -147,6 +151,8 @@ def _peer(key: str, lease: Lease | None, state: str, reason: str | None) -> dict
         "public_ips": _texts((attrs.public_ip, attrs.public_ipv6)) if attrs else [],
         "state": state,
         "reason": reason,
+        "rtt": trip and trip.overlay,
+        "underlay_rtt": trip and trip.underlay,
     }
 
 

@@ -146,11 +146,17 @@ def _peer_table(peers: list[dict[str, Any]]) -> list[str]:
             shown(", ".join(one["subnets"]) or one["key"], 44),
             ", ".join(one["public_ips"]) or "-",
             one["state"],
+            _milliseconds(one["rtt"]),
+            _milliseconds(one["underlay_rtt"]),
             shown(one["reason"] or "", 80),
         )
         for one in peers
     ]
-    return table(("PEER", "PUBLIC IP", "STATE", "WHY"), rows)
+    return table(("PEER", "PUBLIC IP", "STATE", "RTT", "UNDERLAY", "WHY"), rows)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.2f} ms"
 
 
 def ago(seconds: float) -> str:

@@ -1,21 +1,48 @@
-"""ICMP echo requests (RFC 792, RFC 4443) over raw sockets, for probes of peers. Needs CAP_NET_RAW.
+"""Probes of peers over raw sockets: ICMP echo requests (RFC 792, 4443) and refused datagrams. CAP_NET_RAW.
 
 A filter lets in the answers to us alone: a host that pings all day wakes nobody here. Packets may not be
 fragmented, and the kernel's idea of the path's MTU is not asked, so that a lost one says something.
+
+A request to the next hop has a hop limit of one. A host that does not have the address itself would have to
+forward it, and says "time exceeded" instead; that quotes the request.
 """
 
 import asyncio
+import errno
 import os
 import socket
 import struct
+from typing import Any, NamedTuple
 
 from flannelpy.model import packet
 from flannelpy.model.address import Address
 
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
 _SO_ATTACH_FILTER = 26
+_HOP_LIMIT = {4: (socket.IPPROTO_IP, socket.IP_TTL), 16: (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT)}
+_TIME_EXCEEDED = {4: 11, 16: 3}
+_CLOSED_PORT = 33434
+"""traceroute's first: nobody listens there."""
+_PAYLOAD = 56
+_FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
 _HEADER = struct.Struct("!BBHHH")
 """Type, code, checksum, identifier, sequence number."""
+
+
+class _Request(NamedTuple):
+    """That waits for its answer."""
+
+    answered_at: asyncio.Future[float]
+    next_hop: bool
+
+
+class _Answer(NamedTuple):
+    """An answer, or an error."""
+
+    asked: Address
+    identifier: int
+    sequence: int
+    is_error: bool
 
 
 class Echo:
@@ -24,7 +51,7 @@ class Echo:
     def __init__(self) -> None:
         self._identifier = int.from_bytes(os.urandom(2))
         self._sequence = 0
-        self._waiting: dict[tuple[Address, int], asyncio.Future[float]] = {}
+        self._waiting: dict[tuple[Address, int], _Request] = {}
         self._sockets: dict[int, socket.socket] = {}
         try:
             self._open(4, socket.AF_INET, socket.getprotobyname("icmp"))
@@ -43,8 +70,13 @@ class Echo:
             one.close()
         self._sockets.clear()
 
-    async def ask(self, address: Address, size: int, seconds: float) -> float | None:
-        """The round trip time of a packet of `size` bytes, IP header and all; None if nothing comes back."""
+    async def ask(
+        self, address: Address, size: int, seconds: float, *, next_hop: bool = False
+    ) -> float | None:
+        """The round trip time of a packet of `size` bytes, IP header and all; None if nothing comes back.
+
+        `next_hop`: it goes no further, and what the next hop says about that counts as an answer.
+        """
         loop = asyncio.get_running_loop()
         width = len(address)
         one = self._sockets.get(width)
@@ -53,17 +85,40 @@ class Echo:
         self._sequence = (self._sequence + 1) & 0xFFFF
         key = (address, self._sequence)
         future: asyncio.Future[float] = loop.create_future()
-        self._waiting[key] = future
+        self._waiting[key] = _Request(future, next_hop)
         try:
             began = loop.time()
             data = packet.icmp_echo(width, self._identifier << 16 | self._sequence, size)
-            one.sendto(data, (socket.inet_ntop(one.family, address), 0))
+            limit = [(*_HOP_LIMIT[width], struct.pack("@i", 1))] if next_hop else []
+            one.sendmsg([data], limit, 0, (socket.inet_ntop(one.family, address), 0))
             async with asyncio.timeout(seconds):
                 return await future - began
         except (OSError, TimeoutError):  # no route, larger than the device's MTU, no buffer: no answer
             return None
         finally:
             del self._waiting[key]
+
+    async def is_refused(self, address: Address, seconds: float, *, summed_here: bool = False) -> bool:
+        """Whether the host says that a datagram came to a closed port.
+
+        The checksum is left to the device, as for all that sockets send; or it is made here.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            one = _datagram(address, summed_here=summed_here)
+        except OSError:
+            return False
+        heard = asyncio.Event()
+        loop.add_reader(one, heard.set)
+        try:
+            async with asyncio.timeout(seconds):
+                await heard.wait()
+            return one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(one)
+            one.close()
 
     def _open(self, width: int, family: socket.AddressFamily, protocol: int) -> None:
         one = socket.socket(family, socket.SOCK_RAW, protocol)
@@ -77,7 +132,10 @@ class Echo:
         asyncio.get_running_loop().add_reader(one, self._read, one, width)
 
     def _filter(self, one: socket.socket, width: int) -> None:
-        """Let in echo replies with our identifier. An IPv4 socket gets the IP header too."""
+        """Let in echo replies with our identifier, and errors that quote it.
+
+        An IPv4 socket gets the IP header, too.
+        """
         import ctypes
 
         load_byte, load_half, equal, result, length = 0x50, 0x48, 0x15, 0x06, 0xB1
@@ -85,8 +143,11 @@ class Echo:
         lines = [
             *start,
             (load_byte, 0, 0, 0),
-            (equal, 0, 3, packet.ECHO[width][1]),
+            (equal, 0, 2, packet.ECHO[width][1]),
             (load_half, 0, 0, 4),
+            (equal, 3, 4, self._identifier),
+            (equal, 0, 3, _TIME_EXCEEDED[width]),
+            (load_half, 0, 0, _quoted(width) + 4),
             (equal, 0, 1, self._identifier),
             (result, 0, 0, 0xFFFFFFFF),
             (result, 0, 0, 0),
@@ -102,18 +163,64 @@ class Echo:
         now = asyncio.get_running_loop().time()
         for _number in range(100):
             try:
-                data, sender = one.recvfrom(64)
+                data, sender = one.recvfrom(128)
             except BlockingIOError:
                 return
             except OSError:
                 continue  # an ICMP error about one of ours; its absence is the answer
-            start = (data[0] & 0xF) * 4 if width == 4 and data else 0
-            if len(data) < start + _HEADER.size:
+            heard = _read(data, sender, width)
+            if heard is None or heard.identifier != self._identifier:
                 continue
-            kind, _code, _sum, identifier, sequence = _HEADER.unpack_from(data, start)
-            if (kind, identifier) != (packet.ECHO[width][1], self._identifier):
+            request = self._waiting.get((heard.asked, heard.sequence))
+            if request is None or request.answered_at.done():
                 continue
-            address = socket.inet_pton(one.family, sender[0].partition("%")[0])
-            future = self._waiting.get((address, sequence))
-            if future is not None and not future.done():
-                future.set_result(now)
+            if request.next_hop or not heard.is_error:
+                request.answered_at.set_result(now)
+
+
+def _quoted(width: int) -> int:
+    """Where the request begins in an ICMP error that quotes it."""
+    return _HEADER.size + packet.HEADER[width]
+
+
+def _read(data: bytes, sender: Any, width: int) -> _Answer | None:
+    """An answer to an echo request of ours or of another; None if it is none."""
+    start = (data[0] & 0xF) * 4 if width == 4 and data else 0
+    if len(data) < start + _HEADER.size:
+        return None
+    kind, _code, _sum, identifier, sequence = _HEADER.unpack_from(data, start)
+    if kind == packet.ECHO[width][1]:
+        asked = socket.inet_pton(_FAMILY[width], sender[0].partition("%")[0])
+        return _Answer(asked, identifier, sequence, is_error=False)
+    request = start + _quoted(width)
+    if kind != _TIME_EXCEEDED[width] or len(data) < request + _HEADER.size:
+        return None
+    _kind, _code, _sum, identifier, sequence = _HEADER.unpack_from(data, request)
+    return _Answer(data[request - width : request], identifier, sequence, is_error=True)
+
+
+def _datagram(target: Address, *, summed_here: bool) -> socket.socket:
+    """A connected socket that has sent a datagram to a closed port. Raises OSError.
+
+    `summed_here`: over a raw socket, so that nobody has to put a checksum in.
+    """
+    family, width = _FAMILY[len(target)], len(target)
+    where = (socket.inet_ntop(family, target), _CLOSED_PORT)
+    one = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        one.setblocking(False)
+        one.connect(where)
+        if summed_here:
+            source, port = one.getsockname()[:2]
+            whole = packet.udp_packet(
+                socket.inet_pton(family, source), target, (port, _CLOSED_PORT), bytes(_PAYLOAD)
+            )
+            # The datagram socket keeps its port, and hears the error.
+            with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_UDP) as raw:
+                raw.sendto(whole[packet.HEADER[width] :], (where[0], 0))
+        else:
+            one.send(bytes(_PAYLOAD))
+    except OSError:
+        one.close()
+        raise
+    return one

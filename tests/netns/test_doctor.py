@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,9 @@ import pytest
 from flannelpy.cli.lab import ETCD_PREFIX, Lab, Node
 from flannelpy.cli.processes import Process, inside, run, stop, wait_ready, wait_until
 from tests.certificates import Authority
+from tests.netns import bad_card
 from tests.netns.doctor_faults import CARD, PATHS, STORE, TABLES, Fault
-from tests.netns.nodes import PROGRAM, V4, cluster, leases, log_of, peer, put_lease, reach, routes
+from tests.netns.nodes import PROGRAM, V4, cluster, leases, peer, put_lease, reach, routes
 
 pytestmark = [pytest.mark.root, pytest.mark.etcd]
 
@@ -190,51 +190,7 @@ def test_a_card_that_makes_wrong_checksums(lab: Lab) -> None:
     (fault,) = CARD
     one, two = cluster(lab, V4)
     assert checks(doctor(one, "--peers")) == set()
-    # Its cable goes through a process that makes the outer checksums, and leaves those of what is inside of
-    # VXLAN as the kernel left them to the card: unfinished.
-    lab.ip(one.netns, "link set eth0 gso_max_segs 1 gso_max_size 1500")
-    lab.ip(lab.underlay, "link set node1 nomaster", "link add card0 type veth peer name card1")
-    lab.ip(lab.underlay, "link set card1 master lan up", "link set card0 up")
-    card = lab.start("card", lab.underlay, [sys.executable, "-c", BAD_CARD])
-    wait_until(lambda: "ready" in log_of(card), "the card")
+    bad_card.put_into(lab, one)
     reach(lab, one, str(two.pods[0].address).partition("/")[0])
     document = doctor(one, "--peers")
     found(document, fault, {}, set())
-
-
-BAD_CARD = """
-import select, socket, struct
-
-def total(data):
-    data += b"\\0" * (len(data) % 2)
-    n = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while n >> 16:
-        n = (n & 0xFFFF) + (n >> 16)
-    return ~n & 0xFFFF
-
-def finished(frame):
-    if frame[12:14] != b"\\x08\\0" or frame[23] not in (6, 17):
-        return frame
-    head = (frame[14] & 15) * 4 + 14
-    end = 14 + int.from_bytes(frame[16:18])
-    at = head + (16 if frame[23] == 6 else 6)
-    body = frame[head:at] + b"\\0\\0" + frame[at + 2:end]
-    pseudo = frame[26:34] + struct.pack("!BBH", 0, frame[23], end - head)
-    return frame[:at] + (total(pseudo + body) or 0xFFFF).to_bytes(2) + frame[at + 2:]
-
-ends = []
-for name in ("node1", "card0"):
-    one = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-    one.bind((name, 3))
-    one.setsockopt(263, 23, 1)  # PACKET_IGNORE_OUTGOING
-    ends.append(one)
-print("ready", flush=True)
-while True:
-    for one in select.select(ends, [], [])[0]:
-        frame = one.recv(65535)
-        other = ends[1 - ends.index(one)]
-        try:
-            other.send(finished(frame))
-        except OSError as error:
-            print(error, len(frame), flush=True)
-"""

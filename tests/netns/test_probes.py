@@ -10,7 +10,8 @@ import pytest
 from flannelpy import control
 from flannelpy.cli.lab import Lab, Node
 from flannelpy.cli.processes import run, wait_ready, wait_until
-from tests.netns.nodes import DUAL, PROGRAM, V4, cluster, log_of, wait_for_log
+from tests.netns import bad_card
+from tests.netns.nodes import DUAL, PROGRAM, V4, cluster, log_of, reach, wait_for_log
 
 pytestmark = [pytest.mark.root, pytest.mark.etcd]
 
@@ -31,13 +32,21 @@ def raw_sockets(node: Node) -> int:
     return len(run("ss", "--raw", "--all", "-n", "-H", netns=node.netns).splitlines())
 
 
-def drop(node: Node, *words: str) -> Callable[[], object]:
+def drop(node: Node, *words: str, table: str = "filter", chain: str = "INPUT") -> Callable[[], object]:
     """Drop what comes in; the way back."""
-    run("iptables", "-I", "INPUT", *words, "-j", "DROP", netns=node.netns)
-    return partial(run, "iptables", "-D", "INPUT", *words, "-j", "DROP", netns=node.netns)
+    rule = (chain, *words, "-j", "DROP")
+    run("iptables", "-t", table, "-I", *rule, netns=node.netns)
+    return partial(run, "iptables", "-t", table, "-D", *rule, netns=node.netns)
 
 
-@pytest.mark.parametrize("config", [DUAL, {**V4, "Backend": {"Type": "udp"}}], ids=["vxlan", "udp"])
+HOST_GW = {"Backend": {"Type": "host-gw"}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DUAL, {**V4, "Backend": {"Type": "udp"}}, {**DUAL, **HOST_GW}],
+    ids=["vxlan", "udp", "host-gw"],
+)
 def test_a_healthy_network_is_reached_and_says_nothing(
     make_lab: Callable[..., Lab], config: dict[str, Any]
 ) -> None:
@@ -52,6 +61,8 @@ def test_a_healthy_network_is_reached_and_says_nothing(
         assert set(counted(node)) == {"reached"}
         assert probed(node) == {}
         assert "is not reached" not in log_of(node.daemon)
+        peers = control.ask(control.path_for(str(node.subnet_file)), "peers")
+        assert all(0 < one[rtt] < 0.5 for one in peers for rtt in ("rtt", "underlay_rtt")), peers
 
 
 def test_the_layer_at_fault_is_named_and_the_end_of_it(lab: Lab) -> None:
@@ -77,6 +88,31 @@ def test_the_layer_at_fault_is_named_and_the_end_of_it(lab: Lab) -> None:
         key = node.subnet_env()["FLANNEL_SUBNET"].replace(".1/", ".0-")
         assert len(re.findall(rf"peer {key} .* is not reached \(all\): {layer}: ", text)) == 1, text
         assert len(re.findall(rf"peer {key} .* is reached again", text)) == 1, text
+
+
+def test_a_card_that_makes_wrong_sums_is_named(lab: Lab) -> None:
+    one, two = cluster(lab, V4)
+    take_out = bad_card.put_into(lab, one)
+    reach(lab, one, str(two.pods[0].address).partition("/")[0])
+    wait_until(lambda: probed(one) == {"checksum": 1}, "the fault", 60)
+    assert probed(two) == {}, "the answers of its kernel are errors, which no card sums"
+    take_out()
+    wait_until(lambda: probed(one) == {}, "the end of it", 60)
+
+
+def test_without_a_tunnel_the_next_hop_is_asked(lab: Lab) -> None:
+    """One peer has a bridge of pods and one has none: both answer. Then the network takes routed packets."""
+    lab.put_config({**V4, **HOST_GW})
+    one, with_pods, without = [lab.add_node() for _number in range(3)]
+    wait_ready([lab.start_daemon(node) for node in lab.nodes])
+    lab.add_pod(with_pods)
+    wait_until(lambda: counted(one).get("reached", 0) >= 6, "probes", 60)
+    assert set(counted(one)) == {"reached"}
+    undo = [drop(node, "-d", "10.5.0.0/16", table="raw", chain="PREROUTING") for node in (with_pods, without)]
+    wait_until(lambda: probed(one) == {"routing": 2}, "the fault", 60)
+    for back in undo:
+        back()
+    wait_until(lambda: probed(one) == {}, "the end of it", 60)
 
 
 def test_a_host_that_is_down_is_named_and_takes_no_readiness_away(lab: Lab) -> None:

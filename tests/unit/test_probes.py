@@ -9,7 +9,7 @@ import pytest
 
 from flannelpy.health import Health
 from flannelpy.model.address import Address
-from flannelpy.model.probe import ENCAPSULATION, UNDERLAY, Target
+from flannelpy.model.probe import CHECKSUM, ENCAPSULATION, UNDERLAY, Target
 from flannelpy.probes import Probes, Situation
 from tests.sim import clock
 
@@ -25,18 +25,25 @@ class Network:
             for n in range(peers)
         ]
         self.silent: set[Address] = set()
+        self.bad_card = False
+        self.no_datagrams = False
         self.asked: list[tuple[float, Address, int]] = []
         self.waiting = 0
         self.most_waiting = 0
         self.closed = False
 
-    async def ask(self, address: Address, size: int, seconds: float) -> float | None:
+    async def ask(
+        self, address: Address, size: int, seconds: float, *, next_hop: bool = False
+    ) -> float | None:
         self.asked.append((asyncio.get_running_loop().time(), address, size))
         self.waiting += 1
         self.most_waiting = max(self.most_waiting, self.waiting)
         await asyncio.sleep(seconds if address in self.silent else 0.001)
         self.waiting -= 1
         return None if address in self.silent else 0.001
+
+    async def is_refused(self, address: Address, seconds: float, *, summed_here: bool = False) -> bool:
+        return not self.no_datagrams and (summed_here or not self.bad_card)
 
     def close(self) -> None:
         self.closed = True
@@ -80,13 +87,15 @@ def test_all_are_asked_in_a_round_and_no_more_than_so_many_a_second() -> None:
         await asyncio.sleep(150)
 
     health = run(network, story)
-    overlay = {target.overlay for target in network.targets}
-    assert {address for _time, address, _size in network.asked} == overlay, "and nobody's public IP"
-    assert {size for _time, _address, size in network.asked} == {84, 1450}
+    everybody = {(target.overlay, size) for target in network.targets for size in (84, 1450)}
+    everybody |= {(target.underlay, 84) for target in network.targets}
+    assert {(address, size) for _time, address, size in network.asked} == everybody
     seconds = [int(time) for time, _address, _size in network.asked]
-    assert max(seconds.count(second) for second in set(seconds)) <= 2 * 6
+    assert max(seconds.count(second) for second in set(seconds)) <= 3 * 6
     assert health.unreached == {}
     assert set(health.metrics.probes) == {"reached"}
+    assert health.trips.keys() == {target.key for target in network.targets}
+    assert all(None not in trip for trip in health.trips.values())
 
 
 def test_three_peers_are_asked_every_ten_seconds() -> None:
@@ -119,7 +128,7 @@ def test_half_of_a_large_cluster_that_is_down_holds_up_neither_the_rest_nor_its_
     with caplog.at_level(logging.INFO, "flannelpy.probes"):
         health = run(network, story)
     assert health.metrics.probes["reached"] >= 1000
-    assert network.most_waiting <= 2 * 4 * 6 + 10
+    assert network.most_waiting <= 2 * 2 * 4 * 6 + 10
     assert len(caplog.messages) < 40, "the log is bounded"
 
 
@@ -143,6 +152,22 @@ def test_one_lost_answer_is_no_trouble_and_two_are(caplog: pytest.LogCaptureFixt
     assert caplog.messages[1].endswith("is reached again")
 
 
+def test_a_card_that_makes_wrong_sums_is_named_and_a_firewall_is_not() -> None:
+    network = Network(1)
+    (target,) = network.targets
+    place = (target.key, target.overlay)
+
+    async def story(health: Health) -> None:
+        network.bad_card = True
+        await until(lambda: health.unreached == {place: CHECKSUM})
+        network.no_datagrams = True
+        await until(lambda: health.unreached == {})
+        await asyncio.sleep(60)
+        assert health.unreached == {}
+
+    run(network, story)
+
+
 def test_a_peer_that_leaves_takes_its_trouble_along() -> None:
     network = Network(2)
     network.kill(1)
@@ -151,6 +176,7 @@ def test_a_peer_that_leaves_takes_its_trouble_along() -> None:
         await until(lambda: health.unreached)
         del network.targets[0]
         await until(lambda: not health.unreached, 20)
+        await until(lambda: health.trips.keys() == {network.targets[0].key}, 20)
 
     run(network, story)
 
