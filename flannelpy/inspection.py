@@ -17,7 +17,7 @@ from flannelpy.backend import Backend, load
 from flannelpy.backend import Facts as BackendFacts
 from flannelpy.beside import find_daemon
 from flannelpy.doctor import overlay as checks
-from flannelpy.doctor.facts import Daemon, Facts, Host, Member, Overlay, Store, Way
+from flannelpy.doctor.facts import Daemon, Facts, Host, MacPolicy, Member, Overlay, Store, Way
 from flannelpy.doctor.facts import Path as PathFacts
 from flannelpy.doctor.paths import destinations, sample
 from flannelpy.errors import FlannelpyError, StoreError
@@ -312,8 +312,15 @@ def _host(
         has_kubelet=look.has_kubelet(),
         rules=words,
         rules_trouble=trouble,
+        mac_policy=_mac_policy(overlay),
         ways=_ways(kernel, overlay),
     )
+
+
+def _mac_policy(overlay: Overlay | None) -> MacPolicy | None:
+    """Of the first device that has a MAC."""
+    names = overlay.backend.devices if overlay and overlay.config.backend_type == "vxlan" else ()
+    return look.mac_policy(names[0]) if names else None
 
 
 def _ways(kernel: LinuxKernel, overlay: Overlay | None) -> dict[Address, Way | None]:

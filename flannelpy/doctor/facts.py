@@ -38,6 +38,14 @@ class Way(NamedTuple):
     source: Address | None
 
 
+class MacPolicy(NamedTuple):
+    """The MACAddressPolicy of the .link file that udev takes for a device (systemd.link(5))."""
+
+    policy: str
+    """Such as "persistent": it gives the device a MAC of its own; "none": it does not."""
+    file: str
+
+
 class Host(NamedTuple):
     """This host."""
 
@@ -59,6 +67,8 @@ class Host(NamedTuple):
     """What would be done about masquerade and forward rules, in words."""
     rules_trouble: str | None = None
     """Why rules that stand do not help, or cannot be looked at."""
+    mac_policy: MacPolicy | None = None
+    """What udev does to the MAC of our device; None: it is not known, or there is no udev."""
     ways: Mapping[Address, Way | None] = {}
     """To the public IPs of peers (not all of very many); None = no route."""
 
@@ -129,6 +139,8 @@ class Path(NamedTuple):
     """What the underlay must carry: the overlay's MTU and what goes around it."""
     mtu: int
     """The overlay's."""
+    device: str = ""
+    """Packets for the peer's subnet leave by it: the tunnel's, or the uplink."""
     underlay: float | None = None
     """Round trip of an ICMP echo between the public IPs."""
     underlay_udp: bool = False
@@ -148,13 +160,16 @@ class Path(NamedTuple):
     arrives: Mapping[str, bool] = {}
     """Kind of datagram -> whether the peer's kernel has seen it, by an error that it must answer with."""
     overlay: float | None = None
-    """Round trip of an echo through the kernel's own tables."""
+    """Round trip of an echo through the kernel's own tables. Without a tunnel: to the next hop, which says
+    that it has the address, or that it would forward the packet."""
     overlay_full: bool | None = None
     """One of `mtu` bytes comes back."""
     udp_plain: bool = False
-    """A datagram whose checksum we made is answered across the overlay,"""
+    """A datagram whose checksum we made is answered across the overlay (without a tunnel: by the host),"""
     udp_offloaded: bool = False
     """and one whose checksum the kernel leaves to the device."""
+    clock_ahead: float | None = None
+    """Seconds that the peer's clock is ahead of ours, by ICMP timestamps; None: no answer, or IPv6."""
 
 
 class Facts(NamedTuple):

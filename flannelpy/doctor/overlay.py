@@ -8,7 +8,7 @@ neighbours) is left out.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from flannelpy.doctor.facts import Facts, Overlay
+from flannelpy.doctor.facts import Facts, MacPolicy, Overlay
 from flannelpy.doctor.finding import Finding, error, warning
 from flannelpy.model import census
 from flannelpy.model.address import format_address, format_mac
@@ -32,8 +32,9 @@ from flannelpy.model.traffic import blackholes
 _NAMED = 3
 _SELF = "systemctl restart flannelpy does it, and keeps it so"
 _UDEV = (
-    "if it comes back at boot, udev does it (MACAddressPolicy=persistent): a .link file with"
-    " [Match] OriginalName=flannel* and [Link] MACAddressPolicy=none ends that"
+    "udev may have done it ({file} says MACAddressPolicy={policy}): a file such as"
+    " /etc/systemd/network/10-flannel.link with [Match] OriginalName=flannel* and [Link]"
+    " MACAddressPolicy=none ends that"
 )
 
 
@@ -85,8 +86,12 @@ def tables(facts: Facts) -> Iterator[Finding]:
             check,
             "; ".join(words for _op, words in found[:_NAMED]) + more,
             _WHY[check],
-            "; ".join([*commands, *([_UDEV] if check == "mac" else []), _SELF]),
+            "; ".join([*commands, *(_udev(facts.host.mac_policy) if check == "mac" else []), _SELF]),
         )
+
+
+def _udev(found: MacPolicy | None) -> list[str]:
+    return [_UDEV.format_map(found._asdict())] if found and found.policy != "none" else []
 
 
 def refused(facts: Facts) -> Iterator[Finding]:

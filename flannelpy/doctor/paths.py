@@ -1,10 +1,11 @@
 """The ways to peers: where to send probes, and what their answers mean. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from flannelpy.doctor.facts import Facts, Overlay, Path
 from flannelpy.doctor.finding import Finding, error, warning
+from flannelpy.doctor.host import CLOCK_SECONDS
 from flannelpy.model.address import Address, Mac, format_address, format_mac
 from flannelpy.model.kernel import FdbEntry, Forward, Item, Neighbour, Route
 from flannelpy.model.lease import Lease
@@ -84,7 +85,7 @@ def _wrapped(
     tunnel = observed.tunnels.get(device)
     port = link.vxlan.port if link.vxlan else tunnel.port if tunnel else None
     needed = link.mtu + _OVERHEAD.get((link.kind, len(remote)), 0)
-    path = Path(str(theirs), remote, mac, port, min(needed, uplink.mtu), link.mtu)
+    path = Path(str(theirs), remote, mac, port, min(needed, uplink.mtu), link.mtu, device)
     vni = link.vxlan.vni if link.vxlan else None
     return Destination(path, device, uplink.name, local, vni, link.mac, subnet.address, target, direct=False)
 
@@ -96,7 +97,7 @@ def _direct(overlay: Overlay, route: Route, gateway: Address) -> Destination | N
     local = uplink.address if len(gateway) == 4 else uplink.address6
     if subnet is None or local is None:
         return None
-    path = Path(str(route.destination), gateway, None, None, uplink.mtu, uplink.mtu)
+    path = Path(str(route.destination), gateway, None, None, uplink.mtu, uplink.mtu, uplink.name)
     target = route.destination.nth(1)
     return Destination(path, uplink.name, uplink.name, local, None, b"", subnet.nth(1), target, direct=True)
 
@@ -111,6 +112,7 @@ def paths(facts: Facts) -> Iterator[Finding]:
         return
     for path in facts.paths:
         yield from _judge(path, tables_agree=not overlay.confirmed)
+    yield from _clocks(facts.paths)
 
 
 def _judge(path: Path, *, tables_agree: bool) -> Iterator[Finding]:
@@ -124,9 +126,11 @@ def _judge(path: Path, *, tables_agree: bool) -> Iterator[Finding]:
     if path.port is not None and path.overlay is None and tables_agree:
         yield _dropped_here(path, who)
         return
+    if path.port is None and path.overlay is None and tables_agree:
+        yield _not_routed(path, who)
     yield from _sizes(path, who)
     if path.udp_plain and not path.udp_offloaded:
-        yield _checksum(who)
+        yield _checksum(path, who)
 
 
 def _unreachable(path: Path, who: str) -> Finding:
@@ -202,6 +206,37 @@ def _dropped_here(path: Path, who: str) -> Finding:
     )
 
 
+def _not_routed(path: Path, who: str) -> Finding:
+    ip = format_address(path.remote)
+    return error(
+        "not-routed",
+        f"the peer {who} is there, and packets for its pods do not come to it",
+        "no packet reaches its pods: without a tunnel the network itself must carry them",
+        "switch off the check of source and destination of both machines in the cloud, or of the virtual"
+        f" switch; on {ip}: sysctl net.ipv4.ip_forward must be 1; else use a tunnel (Backend.Type: vxlan)",
+    )
+
+
+def _clocks(paths: Iterable[Path]) -> Iterator[Finding]:
+    """Of those that tell the time. One that is alone with its time is wrong; all of them: ours is."""
+    told = [path for path in paths if path.clock_ahead is not None]
+    wrong = [path for path in told if abs(path.clock_ahead or 0.0) > CLOCK_SECONDS]
+    if not wrong:
+        return
+    first = wrong[0]
+    ahead = first.clock_ahead or 0.0
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    ours = len(wrong) == len(told) > 1
+    yield warning(
+        "clock",
+        f"the clock of {format_address(first.remote)}{more} is {abs(ahead):.0f} s"
+        f" {'ahead of' if ahead > 0 else 'behind'} ours",
+        "certificates, and how long a remembered lease is good for, are judged by the clock",
+        "timedatectl set-ntp true (or start chrony) on"
+        f" {'this host' if ours else 'the host whose clock is wrong'}",
+    )
+
+
 def _sizes(path: Path, who: str) -> Iterator[Finding]:
     if path.underlay is None or path.underlay_full is not False:
         if path.overlay is not None and path.overlay_full is False:
@@ -226,10 +261,12 @@ def _sizes(path: Path, who: str) -> Iterator[Finding]:
     )
 
 
-def _checksum(who: str) -> Finding:
+def _checksum(path: Path, who: str) -> Finding:
+    device = path.device or "flannel.1"
     return error(
         "checksum",
         f"datagrams whose checksum is left to the network card do not reach {who}; those summed here do",
-        "ping works and TCP and UDP hang: the card's transmit checksum offload is broken for wrapped packets",
-        "ethtool -K flannel.1 tx-checksum-ip-generic off (at every start of the device), or a newer driver",
+        "ping works and TCP and UDP hang: the card's transmit checksum offload is broken"
+        + (" for wrapped packets" if path.port is not None else ""),
+        f"ethtool -K {device} tx-checksum-ip-generic off (at every start of the device), or a newer driver",
     )

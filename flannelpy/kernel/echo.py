@@ -19,30 +19,18 @@ from flannelpy.model.address import Address
 
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
 _SO_ATTACH_FILTER = 26
-_HOP_LIMIT = {4: (socket.IPPROTO_IP, socket.IP_TTL), 16: (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT)}
-_TIME_EXCEEDED = {4: 11, 16: 3}
 _CLOSED_PORT = 33434
 """traceroute's first: nobody listens there."""
 _PAYLOAD = 56
 _FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
-_HEADER = struct.Struct("!BBHHH")
-"""Type, code, checksum, identifier, sequence number."""
 
 
 class _Request(NamedTuple):
     """That waits for its answer."""
 
-    answered_at: asyncio.Future[float]
+    target: Address
     next_hop: bool
-
-
-class _Answer(NamedTuple):
-    """An answer, or an error."""
-
-    asked: Address
-    identifier: int
-    sequence: int
-    is_error: bool
+    answered_at: asyncio.Future[float]
 
 
 class Echo:
@@ -51,7 +39,8 @@ class Echo:
     def __init__(self) -> None:
         self._identifier = int.from_bytes(os.urandom(2))
         self._sequence = 0
-        self._waiting: dict[tuple[Address, int], _Request] = {}
+        self._waiting: dict[int, _Request] = {}
+        """By the identifier and sequence number, as one number."""
         self._sockets: dict[int, socket.socket] = {}
         try:
             self._open(4, socket.AF_INET, socket.getprotobyname("icmp"))
@@ -83,20 +72,20 @@ class Echo:
         if one is None:
             return None
         self._sequence = (self._sequence + 1) & 0xFFFF
-        key = (address, self._sequence)
+        number = self._identifier << 16 | self._sequence
         future: asyncio.Future[float] = loop.create_future()
-        self._waiting[key] = _Request(future, next_hop)
+        self._waiting[number] = _Request(address, next_hop, future)
         try:
             began = loop.time()
-            data = packet.icmp_echo(width, self._identifier << 16 | self._sequence, size)
-            limit = [(*_HOP_LIMIT[width], struct.pack("@i", 1))] if next_hop else []
+            data = packet.icmp_echo(width, number, size)
+            limit = [(*packet.HOP_LIMIT[width], struct.pack("@i", 1))] if next_hop else []
             one.sendmsg([data], limit, 0, (socket.inet_ntop(one.family, address), 0))
             async with asyncio.timeout(seconds):
                 return await future - began
         except (OSError, TimeoutError):  # no route, larger than the device's MTU, no buffer: no answer
             return None
         finally:
-            del self._waiting[key]
+            del self._waiting[number]
 
     async def is_refused(self, address: Address, seconds: float, *, summed_here: bool = False) -> bool:
         """Whether the host says that a datagram came to a closed port.
@@ -146,8 +135,8 @@ class Echo:
             (equal, 0, 2, packet.ECHO[width][1]),
             (load_half, 0, 0, 4),
             (equal, 3, 4, self._identifier),
-            (equal, 0, 3, _TIME_EXCEEDED[width]),
-            (load_half, 0, 0, _quoted(width) + 4),
+            (equal, 0, 3, packet.TIME_EXCEEDED[width]),
+            (load_half, 0, 0, 8 + packet.HEADER[width] + 4),
             (equal, 0, 1, self._identifier),
             (result, 0, 0, 0xFFFFFFFF),
             (result, 0, 0, 0),
@@ -168,35 +157,20 @@ class Echo:
                 return
             except OSError:
                 continue  # an ICMP error about one of ours; its absence is the answer
-            heard = _read(data, sender, width)
-            if heard is None or heard.identifier != self._identifier:
-                continue
-            request = self._waiting.get((heard.asked, heard.sequence))
+            data = data[(data[0] & 0xF) * 4 if width == 4 and data else 0 :]
+            request = self._waiting.get(packet.number_asked(width, data) or -1)
             if request is None or request.answered_at.done():
                 continue
-            if request.next_hop or not heard.is_error:
+            is_reply = data[0] == packet.ECHO[width][1]
+            answers = _address(sender) == request.target if is_reply else request.next_hop
+            if answers:
                 request.answered_at.set_result(now)
 
 
-def _quoted(width: int) -> int:
-    """Where the request begins in an ICMP error that quotes it."""
-    return _HEADER.size + packet.HEADER[width]
-
-
-def _read(data: bytes, sender: Any, width: int) -> _Answer | None:
-    """An answer to an echo request of ours or of another; None if it is none."""
-    start = (data[0] & 0xF) * 4 if width == 4 and data else 0
-    if len(data) < start + _HEADER.size:
-        return None
-    kind, _code, _sum, identifier, sequence = _HEADER.unpack_from(data, start)
-    if kind == packet.ECHO[width][1]:
-        asked = socket.inet_pton(_FAMILY[width], sender[0].partition("%")[0])
-        return _Answer(asked, identifier, sequence, is_error=False)
-    request = start + _quoted(width)
-    if kind != _TIME_EXCEEDED[width] or len(data) < request + _HEADER.size:
-        return None
-    _kind, _code, _sum, identifier, sequence = _HEADER.unpack_from(data, request)
-    return _Answer(data[request - width : request], identifier, sequence, is_error=True)
+def _address(sender: Any) -> Address:
+    """Of what `recvfrom` returns."""
+    host = str(sender[0].partition("%")[0])
+    return socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
 
 
 def _datagram(target: Address, *, summed_here: bool) -> socket.socket:

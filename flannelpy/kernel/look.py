@@ -4,8 +4,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from configparser import ConfigParser
+from configparser import Error as ConfigParserError
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
+from flannelpy.doctor.facts import MacPolicy
+
+_LINK_FOLDERS = (
+    "etc/systemd/network",
+    "run/systemd/network",
+    "usr/local/lib/systemd/network",
+    "usr/lib/systemd/network",
+    "lib/systemd/network",
+)
 _SYSCTLS = Path("/proc/sys")
 _SECONDS = 20.0
 _NAMES = (
@@ -40,6 +53,39 @@ def features() -> dict[str, str | None]:
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}  # nothing is known
     return found
+
+
+def mac_policy(device: str, root: Path = Path("/")) -> MacPolicy | None:
+    """What udev does to the MAC of a device of this name; None without udev, or without a word about it.
+
+    The first .link file in the order of their names counts; of two with one name that of the earlier folder
+    (systemd.link(5)). Files that match by more than a name are taken for those of other devices.
+    """
+    if not (root / "run/udev/control").exists():
+        return None
+    files: dict[str, Path] = {}
+    for folder in reversed(_LINK_FOLDERS):
+        with suppress(OSError):
+            files |= {path.name: path for path in (root / folder).iterdir() if path.suffix == ".link"}
+    for name in sorted(files):
+        found = _link_file(files[name])
+        patterns = found.get("match", {}).get("originalname", "").split()
+        if found.get("match", {}).keys() <= {"originalname"} and any(
+            fnmatch(device, one) for one in patterns
+        ):
+            policy = found.get("link", {}).get("macaddresspolicy")
+            return MacPolicy(policy, str(files[name])) if policy else None
+    return None
+
+
+def _link_file(path: Path) -> dict[str, dict[str, str]]:
+    """Section -> key -> value, names in lower case; of files like `path` and its drop-ins."""
+    parser = ConfigParser(strict=False, interpolation=None, delimiters=("=",), comment_prefixes=("#", ";"))
+    drop_ins = sorted(path.with_name(f"{path.name}.d").glob("*.conf"))
+    for one in (path, *drop_ins):
+        with suppress(OSError, ConfigParserError, UnicodeError):
+            parser.read_string(one.read_text(encoding="utf-8"))
+    return {name.lower(): dict(parser[name]) for name in parser.sections()}
 
 
 def has_kubelet() -> bool:

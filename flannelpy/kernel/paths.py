@@ -8,6 +8,7 @@ from flannelpy.doctor.facts import Path
 from flannelpy.doctor.paths import OTHER_PORTS, Destination
 from flannelpy.kernel.probe import Prober, Wrapping, wrapped_echo
 from flannelpy.model import packet
+from flannelpy.model.address import Address
 
 _BROADCAST = b"\xff" * 6
 _PLAIN = b"flannelpy asks whether this arrives"
@@ -49,18 +50,30 @@ def _probe(to: Destination, probers: "_Probers") -> Path:
     else:
         under.learn(path.underlay)
         path = _underlay_sizes(path, under)
+        if len(path.remote) == 4:
+            path = path._replace(clock_ahead=under.clock_ahead(path.remote))
     if path.port is not None:
         path = _tunnel(path, to, under)
     over = probers.of(to.target)
     if over is not under and path.underlay is not None:
         over.learn(path.underlay)
+    if to.direct:
+        path = path._replace(overlay=over.next_hop(to.target))
+        if path.overlay is not None:
+            path = path._replace(overlay_full=over.next_hop(to.target, path.mtu) is not None)
+            path = _sums(path, under, to.local, path.remote)
+        return path
     path = path._replace(overlay=over.echo(to.target))
-    if path.overlay is not None and not to.direct:
+    if path.overlay is not None:
         path = path._replace(overlay_full=over.echo(to.target, path.mtu) is not None)
-        if over.closed_port(to.target):
-            return path._replace(udp_plain=True, udp_offloaded=True)
-        path = path._replace(udp_plain=over.closed_port_plain(to.source, to.target))
+        path = _sums(path, over, to.source, to.target)
     return path
+
+
+def _sums(path: Path, prober: Prober, source: Address, target: Address) -> Path:
+    if prober.closed_port(target):
+        return path._replace(udp_plain=True, udp_offloaded=True)
+    return path._replace(udp_plain=prober.closed_port_plain(source, target))
 
 
 def _underlay_sizes(path: Path, under: Prober) -> Path:

@@ -118,6 +118,37 @@ class Prober:
                     found[size] = time.monotonic() - began
         return found
 
+    def next_hop(self, target: Address, size: int = 84) -> float | None:
+        """The round trip of an echo that goes no further than the next hop; None without an answer.
+
+        That answers, or it says that it would have to forward the packet: either way it has come there.
+        """
+        level, kind = packet.HOP_LIMIT[self._width]
+        for _attempt in range(2):
+            number = next(self._numbers) & 0xFFFFFFFF
+            data = packet.icmp_echo(self._width, number, size)
+            began = time.monotonic()
+            with suppress(OSError):
+                limit = [(level, kind, struct.pack("@i", 1))]
+                self._icmp.sendmsg([data], limit, 0, (format_address(target), 0))
+            for heard, _source in self._heard(lambda: True):
+                if packet.number_asked(self._width, heard) == number:
+                    return time.monotonic() - began
+        return None
+
+    def clock_ahead(self, target: Address) -> float | None:
+        """Seconds that the clock of a host is ahead of ours, by an ICMP timestamp (RFC 792); IPv4 only."""
+        for _attempt in range(2):
+            number = next(self._numbers) & 0xFFFFFFFF
+            began = time.time()
+            with suppress(OSError):
+                self._icmp.sendto(packet.icmp_timestamp(number, began), (format_address(target), 0))
+            for heard, source in self._heard(lambda: True):
+                ahead = packet.read_timestamp(heard, number, (began + time.time()) / 2)
+                if source == target and ahead is not None:
+                    return ahead
+        return None
+
     def largest(self, target: Address, low: int, high: int) -> int:
         """The largest echo between the two that comes back; 0 if none does. Under a hundred packets."""
         while True:

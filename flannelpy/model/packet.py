@@ -12,6 +12,12 @@ ECHO = {4: (8, 0), 16: (128, 129)}
 """By the bytes of an address: the ICMP types of request and reply."""
 HEADER = {4: 20, 16: 40}
 """By the same: bytes of the IP header."""
+HOP_LIMIT = {4: (0, 2), 16: (41, 52)}
+"""By the same: level and name of the socket option, and of ancillary data (IP_TTL, IPV6_HOPLIMIT)."""
+TIME_EXCEEDED = {4: 11, 16: 3}
+"""By the same: the ICMP type."""
+_TIMESTAMP = (13, 14)
+_DAY = 86_400_000
 _ICMP, _UDP, _ICMP6 = 1, 17, 58
 _ETHERTYPE = {4: 0x0800, 16: 0x86DD}
 _VXLAN = struct.Struct("!II")
@@ -57,6 +63,36 @@ def icmp_echo(width: int, number: int, size: int) -> bytes:
     if width == 16:
         return body
     return body[:2] + struct.pack("!H", checksum(body)) + body[4:]
+
+
+def number_asked(width: int, data: bytes) -> int | None:
+    """The number of the echo request that an ICMP message replies to, or whose time it says was exceeded."""
+    if len(data) >= 8 and data[0] == ECHO[width][1]:
+        return int.from_bytes(data[4:8])
+    start = 8 + HEADER[width]
+    if len(data) >= start + 8 and data[0] == TIME_EXCEEDED[width] and data[start] == ECHO[width][0]:
+        return int.from_bytes(data[start + 4 : start + 8])
+    return None
+
+
+def icmp_timestamp(number: int, now: float) -> bytes:
+    """A timestamp request (RFC 792) without its IP header; `now` in seconds since 1970."""
+    body = struct.pack("!BBHIIII", _TIMESTAMP[0], 0, 0, number, int(now * 1000) % _DAY, 0, 0)
+    return body[:2] + struct.pack("!H", checksum(body)) + body[4:]
+
+
+def read_timestamp(data: bytes, number: int, now: float) -> float | None:
+    """Seconds that the clock of the sender is ahead; None if this is not the reply with that number.
+
+    It tells milliseconds since midnight UTC, so whole days are not seen.
+    """
+    if len(data) < 20 or data[0] != _TIMESTAMP[1] or int.from_bytes(data[4:8]) != number:
+        return None
+    received = int.from_bytes(data[12:16])
+    if received >= _DAY:  # of another kind, says its highest bit
+        return None
+    ahead = (received - int(now * 1000)) % _DAY
+    return (ahead - _DAY if ahead > _DAY / 2 else ahead) / 1000
 
 
 def echo_packet(source: Address, target: Address, number: int, size: int = 64) -> bytes:

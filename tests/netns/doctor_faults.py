@@ -153,6 +153,9 @@ def _eat(port: str, what: str) -> tuple[str, ...]:
     return ("u:" + _EAT.replace("{port}", port).replace("{what}", what),)
 
 
+_IN_AN_HOUR = "$(( ($(date +%s) * 1000 + 3600000) % 86400000 ))"
+"""As ICMP timestamps count: milliseconds since midnight."""
+
 PATHS = (
     Fault(
         "the network carries smaller packets than the uplink",
@@ -222,8 +225,37 @@ PATHS = (
         ),
         ("2:kill -CONT {pid2}",),
     ),
+    Fault(
+        "the peer's clock is an hour ahead",
+        "clock",
+        "timedatectl set-ntp true",
+        (
+            "2:nft add table ip t",
+            "2:nft 'add chain ip t c {{type filter hook output priority 0;}}'",
+            f"2:nft add rule ip t c icmp type timestamp-reply @th,96,32 set {_IN_AN_HOUR}",
+        ),
+        ("2:nft delete table ip t",),
+    ),
 )
 """With both daemons at work, found by probes (--peers)."""
+
+ROUTED = (
+    Fault(
+        "the network takes away what is routed for pods (host-gw)",
+        "not-routed",
+        "on {peer}: sysctl net.ipv4.ip_forward must be 1",
+        _eat("node1", "ip daddr 10.5.0.0/16"),
+        _SPIT,
+    ),
+    Fault(
+        "the network carries smaller packets than the uplink (host-gw)",
+        "path-mtu",
+        "set Backend.MTU to 1400",
+        ("u:ip link set node2 mtu 1400",),
+        ("u:ip link set node2 mtu 1500",),
+    ),
+)
+"""The same without a tunnel."""
 
 CARD = (
     Fault(
@@ -234,7 +266,7 @@ CARD = (
 )
 """With a card made of a process that finishes no checksum of what is inside."""
 
-FAULTS = (*TABLES, *STORE, *PATHS, *CARD)
+FAULTS = (*TABLES, *STORE, *PATHS, *ROUTED, *CARD)
 
 
 def table(faults: Iterable[Fault] = FAULTS) -> list[str]:
