@@ -68,7 +68,8 @@ def mac_policy(device: str, root: Path = Path("/")) -> MacPolicy | None:
         with suppress(OSError):
             files |= {path.name: path for path in (root / folder).iterdir() if path.suffix == ".link"}
     for name in sorted(files):
-        found = _link_file(files[name])
+        drop_ins = [path for folder in _LINK_FOLDERS for path in (root / folder / f"{name}.d").glob("*.conf")]
+        found = _sections([files[name], *sorted(drop_ins, key=lambda path: path.name)])
         patterns = found.get("match", {}).get("originalname", "").split()
         if found.get("match", {}).keys() <= {"originalname"} and any(
             fnmatch(device, one) for one in patterns
@@ -78,13 +79,12 @@ def mac_policy(device: str, root: Path = Path("/")) -> MacPolicy | None:
     return None
 
 
-def _link_file(path: Path) -> dict[str, dict[str, str]]:
-    """Section -> key -> value, names in lower case; of files like `path` and its drop-ins."""
+def _sections(paths: Iterable[Path]) -> dict[str, dict[str, str]]:
+    """Section -> key -> value, names in lower case; what a later file says counts."""
     parser = ConfigParser(strict=False, interpolation=None, delimiters=("=",), comment_prefixes=("#", ";"))
-    drop_ins = sorted(path.with_name(f"{path.name}.d").glob("*.conf"))
-    for one in (path, *drop_ins):
+    for path in paths:
         with suppress(OSError, ConfigParserError, UnicodeError):
-            parser.read_string(one.read_text(encoding="utf-8"))
+            parser.read_string(path.read_text(encoding="utf-8"))
     return {name.lower(): dict(parser[name]) for name in parser.sections()}
 
 

@@ -234,6 +234,22 @@ def test_a_killed_daemon_is_back_in_seconds_and_nobody_notices(hosts: Hosts) -> 
         say(f"{host.name}: ready again {time.monotonic() - begun:.1f} s after SIGKILL")
 
 
+def test_a_daemon_that_hangs_is_started_anew_by_the_watchdog(hosts: Hosts) -> None:
+    host = hosts.second
+    folder = "/run/systemd/system/flannelpy.service.d"
+    lines = "[Service]\\nWatchdogSec=4\\nTimeoutAbortSec=2\\n"
+    host.run(f"mkdir -p {folder}; printf '{lines}' > {folder}/watchdog.conf; systemctl daemon-reload")
+    host.run("systemctl restart flannelpy")
+    before = main_pid(host)
+    with traffic(hosts):
+        host.run(f"kill -STOP {before}")
+        begun = time.monotonic()
+        host.wait(f"systemctl is-active flannelpy && ! systemctl show flannelpy | grep -qx MainPID={before}")
+        say(f"{host.name}: ready again {time.monotonic() - begun:.1f} s after SIGSTOP, with WatchdogSec=4")
+    assert "Watchdog timeout" in host.run("journalctl -u flannelpy")
+    host.run(f"rm -r {folder}; systemctl daemon-reload; systemctl restart flannelpy")
+
+
 def test_a_runtime_folder_of_root_is_taken_over(hosts: Hosts) -> None:
     host = hosts.second
     text = host.run("cat /run/flannel/subnet.env")

@@ -7,9 +7,12 @@ import pytest
 from flannelpy.backend import load
 from flannelpy.doctor import host, paths, store
 from flannelpy.doctor.checks import examine
-from flannelpy.doctor.facts import Daemon, Facts, Host, Member, Overlay, Path, Store
+from flannelpy.doctor.facts import Daemon, Facts, Host, MacPolicy, Member, Overlay, Path, Store
 from flannelpy.doctor.finding import Finding
-from flannelpy.model.address import parse_address
+from flannelpy.doctor.overlay import tables
+from flannelpy.model.address import parse_address, parse_prefix
+from flannelpy.model.kernel import BLACKHOLE, Link, Route
+from flannelpy.model.plan import Put, Remove
 from flannelpy.model.subnet import Previous
 from tests.builders import config
 
@@ -104,6 +107,56 @@ def test_fragmentation_is_a_warning_and_a_loss_an_error() -> None:
 def test_sums_that_only_the_processor_gets_right() -> None:
     one = judged(underlay=0.001, tunnel=0.001, overlay=0.001, overlay_full=True, udp_plain=True)
     assert one.check == "checksum"
+
+
+ROUTED = PEER._replace(port=None, mac=None, mtu=1500, device="eth0", underlay=0.001, underlay_full=True)
+
+
+def test_without_a_tunnel_the_network_itself_must_carry_packets_and_sum_them() -> None:
+    (one,) = paths.paths(facts(overlay=overlay(), paths=(ROUTED._replace(),)))
+    assert (one.check, one.severity) == ("not-routed", "error")
+    # Where the host's own tables are at fault that is said, and no more.
+    wrong = overlay(confirmed=(Remove(Route(parse_prefix("10.5.3.0/24"), BLACKHOLE, None)),))
+    assert not list(paths.paths(facts(overlay=wrong, paths=(ROUTED,))))
+    small = ROUTED._replace(overlay=0.001, overlay_full=False, udp_plain=True, udp_offloaded=True)
+    (one,) = paths.paths(facts(overlay=overlay(), paths=(small,)))
+    assert one.check == "path-mtu"
+    (one,) = paths.paths(
+        facts(overlay=overlay(), paths=(small._replace(overlay_full=True, udp_offloaded=False),))
+    )
+    assert one.check == "checksum"
+    assert "ethtool -K eth0 " in one.remedy
+
+
+@pytest.mark.parametrize(
+    ("ahead", "whose"),
+    [
+        ((0.0, 4.9, None), None),
+        ((0.0, -60.0), "the host"),
+        ((-60.0, -61.0), "this host"),
+        ((60.0,), "the host"),
+    ],
+)
+def test_clocks_of_peers(ahead: tuple[float | None, ...], whose: str | None) -> None:
+    good = PEER._replace(underlay=0.001, tunnel=0.001, overlay=0.001, udp_plain=True, udp_offloaded=True)
+    told = tuple(good._replace(clock_ahead=one) for one in ahead)
+    found = list(paths.paths(facts(overlay=overlay(), paths=told)))
+    assert [one.check for one in found] == ["clock"] * (whose is not None)
+    assert all(f" on {whose}" in one.remedy for one in found)
+
+
+@pytest.mark.parametrize(
+    ("policy", "is_named"),
+    [(None, False), (MacPolicy("none", "/f"), False), (MacPolicy("persistent", "/usr/lib/99.link"), True)],
+)
+def test_udev_is_named_for_a_wrong_mac_where_it_may_have_done_it(
+    policy: MacPolicy | None, is_named: bool
+) -> None:
+    link = Link("flannel.1", "vxlan", b"\x02\0\0\0\0\x01", 1450, up=True)
+    told = facts(overlay=overlay(confirmed=(Put(link, link._replace(mac=b"\x02\0\0\0\0\x02")),)))
+    (one,) = tables(told._replace(host=HOST._replace(mac_policy=policy)))
+    assert one.check == "mac"
+    assert ("/usr/lib/99.link says MACAddressPolicy=persistent" in one.remedy) == is_named
 
 
 @pytest.mark.parametrize(
