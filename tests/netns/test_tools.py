@@ -6,12 +6,14 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flannelpy.cli.lab import Lab, Node
 from flannelpy.cli.processes import inside, run, wait_ready, wait_until
+from tests.certificates import Authority
 from tests.netns.nodes import PROGRAM, V4, cluster, log_of, reach
 
 pytestmark = [pytest.mark.root, pytest.mark.etcd]
@@ -170,3 +172,32 @@ def test_a_report_has_what_is_asked_for_and_no_secret(lab: Lab) -> None:
     code, _text, errors = tool(node, "report", f"--file={archive}")
     assert code == 1
     assert "File exists" in errors
+
+
+def test_secrets_in_files_are_taken_out_wherever_they_turn_up(lab: Lab) -> None:
+    """Of the password's and the key's file, in prose that no pattern would notice; no daemon, no etcd."""
+    node = lab.add_node()
+    client = Authority(lab.folder, "ca").issue("client")
+    phrase = "correct horse battery"
+    (lab.folder / "password").write_text(f"{phrase}\n")
+    key_lines = [line for line in Path(client.key).read_text().splitlines() if "-----" not in line]
+    log = lab.folder / "extra.log"
+    log.write_text(f"they said {phrase} to me\nthen {key_lines[0]} and\n{key_lines[-1]}\nlast line\n")
+    archive = lab.folder / "report.tar.gz"
+    code, _text, errors = tool(
+        node,
+        "report",
+        f"--file={archive}",
+        f"--log={log}",
+        "--etcd-endpoints=https://127.0.0.1:9",
+        "--etcd-username=root",
+        f"--etcd-password-file={lab.folder / 'password'}",
+        f"--etcd-certfile={client.certificate}",
+        f"--etcd-keyfile={client.key}",
+    )
+    assert code == 0, errors
+    with tarfile.open(archive) as packed:
+        texts = [packed.extractfile(member).read().decode() for member in packed.getmembers()]  # type: ignore[union-attr]
+    assert any("last line" in text for text in texts)
+    for planted in (phrase, *key_lines):
+        assert not any(planted in text for text in texts), planted
