@@ -17,12 +17,11 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
-from flannelpy import __version__, control, endpoints, start, subnet_env
+from flannelpy import __version__, control, start, subnet_env
 from flannelpy.backend import load
 from flannelpy.errors import FlannelpyError, KernelError
 from flannelpy.health import Health
 from flannelpy.kernel import instance
-from flannelpy.kernel.echo import Echo
 from flannelpy.kernel.firewall import Firewall, firewall, remove_all
 from flannelpy.kernel.linux import LinuxKernel, require_privileges
 from flannelpy.kernel.peer_filter import PeerFilterTable
@@ -44,6 +43,7 @@ from flannelpy.store import Store
 from flannelpy.voice import Voice
 
 if TYPE_CHECKING:
+    from flannelpy.kernel.echo import Echo
     from flannelpy.store.etcd_admin import EtcdAdmin
     from flannelpy.store.etcd_client import EtcdClient
 
@@ -112,9 +112,10 @@ async def _serve(settings: Settings, notify: Notify) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(instance.lock(f"network {settings.etcd_prefix}"))
         if settings.healthz_port > 0:
-            await stack.enter_async_context(
-                endpoints.listen(settings.healthz_ip, settings.healthz_port, voice.pages)
-            )
+            from flannelpy import endpoints
+
+            pages = endpoints.listen(settings.healthz_ip, settings.healthz_port, voice.pages())
+            await stack.enter_async_context(pages)
         socket_path = control.path_for(settings.subnet_file)
         await stack.enter_async_context(control.serve(socket_path, voice.commands))
         store = await stack.enter_async_context(_store(settings, health, notify))
@@ -178,7 +179,7 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             blackhole=settings.ip_blackhole_route,
             peer_filter=_peer_filter(settings, config, stack),
             enforce=settings.peer_filter == ENFORCE,
-            open_pinger=Echo if settings.peer_probes else None,
+            open_pinger=_pinger if settings.peer_probes else None,
             on_ready=ready,
             health=health,
             random=Random(),  # noqa: S311  # spreads load, guards nothing
@@ -189,6 +190,12 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             if notify.watchdog_seconds is not None:
                 tasks.create_task(voice.feed_watchdog(notify.watchdog_seconds))
             await node.live()
+
+
+def _pinger() -> "Echo":
+    from flannelpy.kernel.echo import Echo  # not before the node is ready
+
+    return Echo()
 
 
 async def _firewall(

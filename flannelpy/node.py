@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from functools import partial
 from random import Random
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from flannelpy import status, subnet_env, surroundings
+from flannelpy import subnet_env, surroundings
 from flannelpy.backend import Backend
 from flannelpy.claim import Claim, Telling
 from flannelpy.health import Health
@@ -24,11 +24,9 @@ from flannelpy.model.kernel import Shaken
 from flannelpy.model.lease import Delta, Lease, Snapshot, same_node
 from flannelpy.model.leftover import leftover_routes
 from flannelpy.model.peer_filter import COUNT, ENFORCE, fate, port_of
-from flannelpy.model.probe import Target, targets
 from flannelpy.model.subnet import Previous
 from flannelpy.model.traffic import RuleSet, Wishes, rules
 from flannelpy.model.uplink import Wish
-from flannelpy.probes import Pinger, Probes, Situation
 from flannelpy.reconcile import Reconciler
 from flannelpy.rules import Firewall, Rules
 from flannelpy.state_file import Memory, Origin
@@ -36,6 +34,11 @@ from flannelpy.store import TTL_SECONDS, Store
 from flannelpy.strangers import Strangers
 from flannelpy.strangers import Table as FilterTable
 from flannelpy.surroundings import Host, Surroundings
+
+if TYPE_CHECKING:
+    from flannelpy import status
+    from flannelpy.model.probe import Target
+    from flannelpy.probes import Pinger
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +81,7 @@ class Parts(NamedTuple):
     peer_filter: FilterTable | None
     enforce: bool
     """The operator wants the filter to drop what no lease explains."""
-    open_pinger: Callable[[], Pinger] | None
+    open_pinger: "Callable[[], Pinger] | None"
     """Sends probes to peers; None = they are off."""
     on_ready: Callable[[str], None]
     """Told, in one line, when the node is ready."""
@@ -215,8 +218,10 @@ class Node:
             self._reconciler.offer(gone)
         return len(gone.gone) + len(gone.put)
 
-    def now(self) -> status.Node:
+    def now(self) -> "status.Node":
         """The node as it is."""
+        from flannelpy import status  # only for those who ask
+
         parts, known = self._parts, self._knowledge
         leases = {lease.key: lease for lease in known.all_leases()}
         return status.Node(
@@ -299,16 +304,21 @@ class Node:
         parts.on_ready(f"{own.key}{' on ' if devices else ''}{devices}, {parts.health.peers} peers")
         self._around.warn_of_overlaps(own)
 
-    async def _probe_peers(self, reconciler: Reconciler, open_pinger: Callable[[], Pinger]) -> None:
+    async def _probe_peers(self, reconciler: Reconciler, open_pinger: "Callable[[], Pinger]") -> None:
         await reconciler.first_pass_done.wait()
-        await Probes(open_pinger, self._situation, self._parts.health, self._parts.random).run()
+        from flannelpy.probes import Probes, Situation  # not before the node is ready
 
-    def _situation(self) -> Situation:
-        facts = self._around.facts
-        mtu = self._parts.backend.mtu(facts)
-        return Situation(self._probe_targets, self._knowledge.has, mtu, facts.uplink.mtu)
+        parts, knowledge, around = self._parts, self._knowledge, self._around
 
-    def _probe_targets(self) -> list[Target]:
+        def look() -> Situation:
+            facts = around.facts
+            return Situation(self._probe_targets, knowledge.has, parts.backend.mtu(facts), facts.uplink.mtu)
+
+        await Probes(open_pinger, look, parts.health, parts.random).run()
+
+    def _probe_targets(self) -> "list[Target]":
+        from flannelpy.model.probe import targets
+
         own, refused = self._claim.own, self._parts.health.refused
         peers = [lease for lease in self._knowledge.all_leases() if lease.key not in refused]
         return [] if own is None else targets(peers, own, routed=not self._parts.backend.devices)

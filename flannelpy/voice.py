@@ -1,15 +1,20 @@
-"""What the daemon says of itself to those who ask: systemd, the commands on this host, HTTP."""
+"""What the daemon says of itself to those who ask: systemd, the commands on this host, HTTP.
+
+What makes the answers is loaded by the first who asks: a start does not wait for it.
+"""
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flannelpy import endpoints, status
-from flannelpy.exposition import Exposition, families
 from flannelpy.health import Health
 from flannelpy.node import Node
 from flannelpy.notify import Notify
 from flannelpy.verdict import Verdict, is_stuck, judge
+
+if TYPE_CHECKING:
+    from flannelpy import endpoints, status
+    from flannelpy.exposition import Exposition
 
 
 class Voice:
@@ -19,20 +24,24 @@ class Voice:
         self._health = health
         self._notify = notify
         self._missing_percent = missing_percent
-        self._exposition = Exposition()
+        self._exposition: Exposition | None = None
         self._node: Node | None = None
         self.commands: dict[str, Callable[[], Any]] = {
-            "status": lambda: status.document(self._now(), health, self._verdict()),
-            "peers": lambda: status.peers(self._now(), health),
+            "status": self._status,
+            "peers": self._peers,
             "probes": lambda: dict(health.metrics.probes),
         }
         """For the control socket."""
-        self.pages: endpoints.Pages = {
+
+    def pages(self) -> "endpoints.Pages":
+        """For HTTP."""
+        from flannelpy import endpoints
+
+        return {
             "/healthz": lambda: endpoints.healthz(self._verdict()),
             "/readyz": lambda: endpoints.readyz(self._verdict()),
             "/metrics": self._metrics,
         }
-        """For HTTP."""
 
     def tell(self, text: str) -> None:
         """The node in one line, for all who ask."""
@@ -54,9 +63,23 @@ class Voice:
     def _verdict(self) -> Verdict:
         return judge(self._health, asyncio.get_running_loop().time(), self._missing_percent)
 
-    def _now(self) -> status.Node | None:
+    def _now(self) -> "status.Node | None":
         return None if self._node is None else self._node.now()
 
-    def _metrics(self) -> endpoints.Answer:
+    def _status(self) -> dict[str, Any]:
+        from flannelpy import status
+
+        return status.document(self._now(), self._health, self._verdict())
+
+    def _peers(self) -> list[dict[str, Any]]:
+        from flannelpy import status
+
+        return status.peers(self._now(), self._health)
+
+    def _metrics(self) -> "endpoints.Answer":
+        from flannelpy.exposition import Exposition, families
+
+        if self._exposition is None:
+            self._exposition = Exposition()
         packets = self._node.packets() if self._node else {}
         return self._exposition.page(families(self._now(), packets, self._health, self._verdict()))

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Container, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from flannelpy.errors import KernelError
 from flannelpy.kernel import codec, replies
@@ -23,7 +24,6 @@ from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
 from flannelpy.kernel.nexthop import Nexthops, RouteKey, Way
 from flannelpy.kernel.replies import RouteInfo
 from flannelpy.kernel.routes import main_routes, routes_elsewhere
-from flannelpy.kernel.tunnel import Tunnels
 from flannelpy.model.address import Address, Prefix
 from flannelpy.model.kernel import (
     BLACKHOLE,
@@ -45,6 +45,9 @@ from flannelpy.model.kernel import (
 from flannelpy.model.plan import Op, Put, Remove
 from flannelpy.model.uplink import OVERLAY_NAME, DefaultRoute, Interface, InterfaceAddress
 
+if TYPE_CHECKING:
+    from flannelpy.kernel.tunnel import Tunnels
+
 
 class LinuxKernel:
     """The kernel of the network namespace that this process runs in; `only_look` is for those who ask."""
@@ -53,7 +56,8 @@ class LinuxKernel:
         self._netlink = NetlinkSocket()
         self._links = Links(self._netlink)
         self._nexthops = Nexthops()
-        self._tunnels = Tunnels(self._netlink, only_look=only_look)
+        self._only_look = only_look
+        self._tunnels_used: Tunnels | None = None
         self._use_nexthops = True
         self._scope = Scope(frozenset(), ())
         self._monitor: Monitor | None = None
@@ -61,14 +65,27 @@ class LinuxKernel:
     def close(self) -> None:
         """Give the sockets back."""
         self._netlink.close()
-        self._tunnels.close()
+        if self._tunnels_used is not None:
+            self._tunnels_used.close()
         if self._monitor is not None:
             self._monitor.close()
 
     def subscribe(self) -> None:
         """Begin to listen; before the first `observe`, so that nothing happens unseen between the two."""
         self._monitor = Monitor(self._view, self._netlink.port)
-        self._tunnels.on_end = self._monitor.shake
+        if self._tunnels_used is not None:
+            self._tunnels_used.on_end = self._monitor.shake
+
+    @property
+    def _tunnels(self) -> "Tunnels":
+        """What only udp needs is not loaded before."""
+        if self._tunnels_used is None:
+            from flannelpy.kernel.tunnel import Tunnels
+
+            self._tunnels_used = Tunnels(self._netlink, only_look=self._only_look)
+            if self._monitor is not None:
+                self._tunnels_used.on_end = self._monitor.shake
+        return self._tunnels_used
 
     async def changes(self) -> AsyncGenerator[list[Notice], None]:
         """What is announced about the scope of the last `observe`."""
@@ -145,8 +162,10 @@ class LinuxKernel:
 
     def packets(self) -> dict[str, int]:
         """What our forwarders have counted since they started; nothing where there is none."""
+        if self._tunnels_used is None:
+            return {}
         try:
-            return self._tunnels.all_counters()
+            return self._tunnels_used.all_counters()
         except NetlinkError as error:
             if self._monitor is not None:
                 self._monitor.shake(str(error))  # nobody else hears of that end any more
