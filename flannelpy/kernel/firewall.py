@@ -20,8 +20,10 @@ from flannelpy.kernel.peer_filter import PeerFilterTable
 from flannelpy.model.traffic import FamilyRules, RuleSet
 
 _NOTHING = RuleSet(None, None)
-_LEGACY_SECONDS = 60.0
-"""While legacy iptables drops what we accept: between two looks at whether it still does."""
+_LEGACY_DROPS = (
+    "forwarded packets are dropped by the FORWARD policy of legacy iptables, which no rule of ours overrides:"
+    " use one kind of iptables on this host (update-alternatives)"
+)
 
 
 class Firewall:
@@ -38,8 +40,6 @@ class Firewall:
         self._nftables: Nftables | None = None
         self._monitor: NftMonitor | None = None
         self._legacy_seen: object = None
-        self._legacy_trouble: str | None = None
-        self._legacy_at = 0.0
         if former is not None:
             self._nftables, self._monitor = former._nftables, former._monitor  # noqa: SLF001
             return
@@ -87,32 +87,20 @@ class Firewall:
     async def _in_legacy(self, needed: RuleSet) -> list[str]:
         """Nothing of ours in legacy iptables; and whether its policy drops what is `needed`.
 
-        Looked at once, again when tables were loaded, and again while it drops. To be asked after nf_tables:
-        what drops there is named first.
+        The one is looked at when tables were loaded, the other each time: it takes no process. To be asked
+        after nf_tables: what drops there is named first.
         """
-        words = await self._look_at_legacy(needed)
-        self.trouble = self.trouble or self._legacy_trouble
-        return words
-
-    async def _look_at_legacy(self, needed: RuleSet) -> list[str]:
-        now = asyncio.get_running_loop().time()
-        tables = {bits: iptables.legacy_tables(bits) for bits in (32, 128)}
-        if tables == self._legacy_seen and not (self._legacy_trouble and now >= self._legacy_at):
-            return []
         words: list[str] = []
-        trouble = None
+        tables = {bits: iptables.legacy_tables(bits) for bits in (32, 128)}
         for bits, loaded in tables.items():
-            program = iptables.find_legacy(bits) if loaded else None
-            if program is None:
-                continue
-            done, saved = await program.set(FamilyRules(), random_fully=False)
-            words += done
-            if (needed.family(bits) or FamilyRules()).forward and "\n:FORWARD DROP" in saved:
-                trouble = (
-                    "forwarded packets are dropped by the FORWARD policy of legacy iptables, which no rule of"
-                    " ours overrides: use one kind of iptables on this host (update-alternatives)"
-                )
-        self._legacy_seen, self._legacy_at, self._legacy_trouble = tables, now + _LEGACY_SECONDS, trouble
+            program = iptables.find_legacy(bits) if loaded and tables != self._legacy_seen else None
+            if program is not None:
+                done, _saved = await program.set(FamilyRules(), random_fully=False)
+                words += done
+            forward = (needed.family(bits) or FamilyRules()).forward
+            if forward and "filter" in loaded and _legacy_forward_drops(bits):
+                self.trouble = self.trouble or _LEGACY_DROPS
+        self._legacy_seen = tables
         return words
 
 
@@ -236,6 +224,14 @@ async def compare(wanted: RuleSet, *, use_nftables: bool) -> tuple[list[str], st
         nftables.close()
     dropping = droppers(wanted, found.found, forward_is_served=served)
     return [*words, *found.words], _dropped_by(dropping[0]) if dropping else None
+
+
+def _legacy_forward_drops(bits: int) -> bool:
+    from flannelpy.kernel.xtables import forward_drops  # hardly a host has both kinds
+
+    with suppress(OSError):
+        return forward_drops(bits)
+    return False
 
 
 def _dropped_by(chain: str) -> str:

@@ -17,7 +17,7 @@ import pytest
 from flannelpy import control
 from flannelpy.cli.lab import ETCD_PREFIX, Lab, Node
 from flannelpy.cli.processes import LabError, Process, run, stop, wait_ready, wait_until
-from tests.netns.nodes import reach
+from tests.netns.nodes import log_of, reach, wait_for_log
 from tests.netns.rules_lab import (
     ALL,
     MODES,
@@ -268,7 +268,7 @@ def test_another_table_that_drops_is_named(make_lab: Callable[..., Lab]) -> None
 
 
 @pytest.mark.parametrize("mode", ["nftables", "iptables-nft"])
-def test_a_legacy_policy_that_drops_is_named_by_the_first_look(
+def test_a_legacy_policy_that_drops_is_named_by_the_first_look_and_when_it_is_set_later(
     make_lab: Callable[..., Lab], mode: str
 ) -> None:
     lab = make_lab(ipv6=True)
@@ -281,6 +281,17 @@ def test_a_legacy_policy_that_drops_is_named_by_the_first_look(
     found = control.ask(control.path_for(str(node.subnet_file)), "status")
     assert found["state"] == "not ready"
     assert "dropped by the FORWARD policy of legacy iptables" in found["faults"][0]
+    run("iptables-legacy", "-P", "FORWARD", "ACCEPT", netns=node.netns)
+    wait_for_log(daemon, "the rules are well again", 7)
+    # The tables are loaded already, and nobody announces a policy: the next look sees it.
+    ended = children_ended(daemon)
+    run("iptables-legacy", "-P", "FORWARD", "DROP", netns=node.netns)
+    damage = "nft delete table ip flannel-ipv4" if mode == "nftables" else "iptables-nft -t nat -F"
+    run(*damage.split(), netns=node.netns)
+    named = "dropped by the FORWARD policy of legacy iptables"
+    wait_until(lambda: log_of(daemon).count(named) == 2, "it is named", 5)
+    if mode == "nftables":
+        assert children_ended(daemon) == ended, "to look takes no program"
 
 
 # --- restarts, moves, leftovers ---
