@@ -74,15 +74,16 @@ class Firewall:
         if self._nftables is None:
             return []
         try:
-            words, observed = self._nftables.set(wanted, keep_iptables=keep_iptables)
+            done = self._nftables.set(wanted, keep_iptables=keep_iptables)
         except NetlinkError as error:
             if error.errno not in NO_NFTABLES or wanted:
                 raise
             return []
-        found = droppers(needed, observed, forward_is_served=forward_is_served)
+        served = forward_is_served and not done.refused
+        found = droppers(needed, done.found, forward_is_served=served)
         if found:
             self.trouble = _dropped_by(found[0])
-        return words
+        return done.words
 
     async def _in_legacy(self, needed: RuleSet) -> list[str]:
         """Nothing of ours in legacy iptables; and whether its policy drops what is `needed`.

@@ -79,6 +79,8 @@ class Outcome(NamedTuple):
 
     words: list[str]
     found: Observed
+    refused: bool = False
+    """Rules of ours in tables of others may not be touched: these belong to one program alone (`owner`)."""
 
 
 class Nftables:
@@ -105,19 +107,23 @@ class Nftables:
         `keep_iptables`: leave the rules of ours that belong to iptables-nft, which sets them itself.
         Raises NetlinkError; then nothing was done.
         """
+        refused = False
         for attempt in range(_ATTEMPTS):
             generation = self._socket.generation()
             try:
                 found = self.observe()
-                todo = plan(wanted, found, keep_iptables=keep_iptables)
+                todo = plan(wanted, found, keep_iptables=keep_iptables or refused)
                 if todo.messages and not only_show:
                     self._socket.transact(todo.messages, generation)
             except NetlinkError as error:
+                if error.errno == errno.EPERM and not (keep_iptables or refused):
+                    refused = True  # our own tables, then
+                    continue
                 # Somebody was quicker, so what we looked at is not what there is.
                 if error.errno not in (errno.ERESTART, errno.ENOENT, errno.EINTR) or attempt == _ATTEMPTS - 1:
                     raise
                 continue
-            return Outcome(todo.words, found)
+            return Outcome(todo.words, found, refused)
         raise NetlinkError(errno.EAGAIN)  # pragma: no cover
 
     def observe(self) -> Observed:

@@ -1,5 +1,6 @@
 """For the tests of rules: the three ways to keep them, what stands, and which source address a packet has."""
 
+import os
 import re
 import shutil
 import sys
@@ -160,3 +161,29 @@ def source_of(lab: Lab, sender: str, receiver: str, target: str, **how: Any) -> 
             with suppress(LabError):
                 return next(iter(wait_until(heard.heard, "a packet", 0.3).values()))
     return None
+
+
+def lone(lab: Lab, mode: str, *flags: str) -> Node:
+    """One node that is ready."""
+    lab.start_etcd()
+    lab.put_config(config(mode))
+    node = lab.add_node()
+    wait_ready([start(lab, node, mode, *flags)])
+    return node
+
+
+def _stat(process: Process) -> list[int]:
+    """The fields of /proc/PID/stat from the parent's id on."""
+    return [
+        int(word) for word in Path(f"/proc/{process.popen.pid}/stat").read_text().split(")")[-1].split()[1:]
+    ]
+
+
+def cpu_seconds(process: Process) -> float:
+    """Of the process and of its children that ended."""
+    return sum(_stat(process)[10:14]) / os.sysconf("SC_CLK_TCK")
+
+
+def children_ended(process: Process) -> int:
+    """Page faults of children that ended (cminflt): no process can live without one."""
+    return _stat(process)[7]

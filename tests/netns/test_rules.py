@@ -10,22 +10,23 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 
-from flannelpy import control
 from flannelpy.cli.lab import ETCD_PREFIX, Lab, Node
-from flannelpy.cli.processes import LabError, Process, run, stop, wait_ready, wait_until
-from tests.netns.nodes import log_of, reach, wait_for_log
+from flannelpy.cli.processes import LabError, run, stop, wait_ready, wait_until
+from tests.netns.nodes import reach
 from tests.netns.rules_lab import (
     ALL,
     MODES,
     Listener,
+    children_ended,
     cluster,
     config,
+    cpu_seconds,
     listener,
     listing,
+    lone,
     programs,
     send,
     source_of,
@@ -40,15 +41,6 @@ every_mode = pytest.mark.parametrize("mode", MODES)
 OUTSIDE = "192.168.77.254"
 """An address of the underlay: the world, as pods see it."""
 FLANNELD = os.environ.get("FLANNELD", "")
-
-
-def lone(lab: Lab, mode: str, *flags: str) -> Node:
-    """One node that is ready."""
-    lab.start_etcd()
-    lab.put_config(config(mode))
-    node = lab.add_node()
-    wait_ready([start(lab, node, mode, *flags)])
-    return node
 
 
 # --- damage ---
@@ -229,71 +221,6 @@ def test_forwarded_packets_pass_a_policy_that_drops(make_lab: Callable[..., Lab]
         reach(lab, one, address)
 
 
-def test_accepts_follow_docker(make_lab: Callable[..., Lab]) -> None:
-    """In nftables mode: into DOCKER-USER once Docker is there, out again when nothing drops any more."""
-    lab = make_lab(ipv6=True)
-    node = lone(lab, "nftables")
-
-    def rules() -> list[str]:
-        lines = run("iptables-nft", "-S", netns=node.netns).splitlines()
-        return [line.split(" -m ")[0] for line in lines if "flanneld forward" in line]
-
-    run("iptables-nft", "-P", "FORWARD", "DROP", netns=node.netns)
-    wait_until(lambda: rules() == ["-A FORWARD -s 10.5.0.0/16", "-A FORWARD -d 10.5.0.0/16"], "accepts", 1)
-    run("sh", "-c", "iptables-nft -N DOCKER-USER; iptables-nft -A DOCKER-USER -j RETURN;"
-        " iptables-nft -I FORWARD -j DOCKER-USER", netns=node.netns)  # fmt: skip
-    there = ["-A DOCKER-USER -s 10.5.0.0/16", "-A DOCKER-USER -d 10.5.0.0/16"]
-    wait_until(lambda: rules() == there, "accepts in DOCKER-USER", 1)
-    run("iptables-nft", "-F", "DOCKER-USER", netns=node.netns)
-    wait_until(lambda: rules() == there, "accepts after a flush", 1)
-    run("iptables-nft", "-P", "FORWARD", "ACCEPT", netns=node.netns)
-    wait_until(lambda: rules() == [], "no accepts", 1)
-
-
-def test_another_table_that_drops_is_named(make_lab: Callable[..., Lab]) -> None:
-    lab = make_lab(ipv6=True)
-    node = lone(lab, "nftables")
-    assert node.daemon is not None
-    log = node.daemon.log
-    run("nft", "add table inet strict;"
-        " add chain inet strict f { type filter hook forward priority 0; policy drop; }",
-        netns=node.netns)  # fmt: skip
-    wait_until(lambda: "dropped by the policy of chain inet strict f" in log.read_text(), "the warning", 2)
-    found = control.ask(control.path_for(str(node.subnet_file)), "status")
-    assert found["state"] == "not ready"  # as /readyz says
-    assert "dropped by the policy of chain inet strict f" in found["faults"][0]
-    run("nft", "delete table inet strict", netns=node.netns)
-    wait_until(lambda: "the rules are well again" in log.read_text(), "the end of it", 7)
-    assert control.ask(control.path_for(str(node.subnet_file)), "status")["state"] == "ready"
-
-
-@pytest.mark.parametrize("mode", ["nftables", "iptables-nft"])
-def test_a_legacy_policy_that_drops_is_named_by_the_first_look_and_when_it_is_set_later(
-    make_lab: Callable[..., Lab], mode: str
-) -> None:
-    lab = make_lab(ipv6=True)
-    lab.start_etcd()
-    lab.put_config(config(mode))
-    node = lab.add_node()
-    run("iptables-legacy", "-P", "FORWARD", "DROP", netns=node.netns)
-    daemon = start(lab, node, mode)
-    wait_ready([daemon])
-    found = control.ask(control.path_for(str(node.subnet_file)), "status")
-    assert found["state"] == "not ready"
-    assert "dropped by the FORWARD policy of legacy iptables" in found["faults"][0]
-    run("iptables-legacy", "-P", "FORWARD", "ACCEPT", netns=node.netns)
-    wait_for_log(daemon, "the rules are well again", 7)
-    # The tables are loaded already, and nobody announces a policy: the next look sees it.
-    ended = children_ended(daemon)
-    run("iptables-legacy", "-P", "FORWARD", "DROP", netns=node.netns)
-    damage = "nft delete table ip flannel-ipv4" if mode == "nftables" else "iptables-nft -t nat -F"
-    run(*damage.split(), netns=node.netns)
-    named = "dropped by the FORWARD policy of legacy iptables"
-    wait_until(lambda: log_of(daemon).count(named) == 2, "it is named", 5)
-    if mode == "nftables":
-        assert children_ended(daemon) == ended, "to look takes no program"
-
-
 # --- restarts, moves, leftovers ---
 
 HIDDEN = """
@@ -470,23 +397,6 @@ def test_a_missing_program_matters_only_where_it_is_needed(make_lab: Callable[..
     code = HIDDEN.replace("sys.exit", by_default)
     wait_ready([lab.start_daemon(node, (sys.executable, "-c", code))])
     assert "no forward rules: iptables is not installed" in node.daemon.log.read_text()
-
-
-def _stat(process: Process) -> list[int]:
-    """The fields of /proc/PID/stat from the parent's id on."""
-    return [
-        int(word) for word in Path(f"/proc/{process.popen.pid}/stat").read_text().split(")")[-1].split()[1:]
-    ]
-
-
-def children_ended(process: Process) -> int:
-    """Page faults of children that ended (cminflt): no process can live without one."""
-    return _stat(process)[7]
-
-
-def cpu_seconds(process: Process) -> float:
-    """Of the process and of its children that ended."""
-    return sum(_stat(process)[10:14]) / os.sysconf("SC_CLK_TCK")
 
 
 def foreign(node: Node, kind: str, count: int) -> None:
