@@ -23,7 +23,7 @@ from flannelpy.store.etcd_acquire import Acquisition
 from flannelpy.store.etcd_client import EtcdClient, OutcomeUnknownError
 from flannelpy.store.etcd_codec import changes_of, read_changes
 from flannelpy.store.etcd_records import EtcdRecords, State, head_of, quietly
-from flannelpy.store.etcd_retry import Retry
+from flannelpy.store.retry import Retry
 from flannelpy.store.seen import Seen
 
 _SECOND_LOOK_SECONDS = 1.0

@@ -5,6 +5,8 @@ gRPC packs a chain of wrappers, addresses and source lines into one string; a us
 
 import re
 
+from flannelpy.store.retry import STOPPED_ANSWERING
+
 _MAX = 160
 _WRAPPERS = re.compile(r"^(rpc error: code = \w+ desc = )?((etcdserver|mvcc|auth): )?")
 
@@ -29,7 +31,6 @@ _CONNECT = (
     ("ALERT_UNKNOWN_CA", "it refuses our client certificate (check --etcd-certfile)"),
     ("Handshake", "the TLS handshake failed (does it speak TLS? if not, use http://)"),
 )
-STOPPED_ANSWERING = "it stopped answering"
 _CLOSED = (
     "Socket closed",
     "Connection reset",

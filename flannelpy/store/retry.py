@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from random import Random
 
-from flannelpy.store.etcd_reason import STOPPED_ANSWERING
-
+STOPPED_ANSWERING = "it stopped answering"
+"""How the reason ends when a server hangs."""
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 5.0
 _STEADY = 5.0
@@ -37,8 +37,8 @@ class Retry:
         self._reason = self._reported = ""
         self._report(None)
 
-    async def failed(self, reason: str) -> None:
-        """Report if it is worth it, and wait."""
+    async def failed(self, reason: str, at_least: float = 0.0) -> None:
+        """Report if it is worth it, and wait; not less than the server asked for."""
         # A server that accepts each watch and drops it at once must not be asked ten times a second.
         if self._worked_since is not None and time.monotonic() - self._worked_since > _STEADY:
             self._failures = 0
@@ -51,7 +51,7 @@ class Retry:
         if is_news and settled and reason != self._reported:
             self._reported = reason
             self._report(reason)
-        await asyncio.sleep(self._delay())
+        await asyncio.sleep(self._delay() + at_least)
 
     def _delay(self) -> float:
         longest = min(LONGEST_WAIT, FIRST_WAIT * (1 << min(self._failures - 1, 10)))
