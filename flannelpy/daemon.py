@@ -38,7 +38,6 @@ from flannelpy.model.uplink import Wish
 from flannelpy.node import Node, Parts
 from flannelpy.notify import Notify
 from flannelpy.settings import DEFAULT, Settings, describe
-from flannelpy.state_file import Origin
 from flannelpy.store import Store
 from flannelpy.voice import Voice
 
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from flannelpy.kernel.echo import Echo
     from flannelpy.store.etcd_admin import EtcdAdmin
     from flannelpy.store.etcd_client import EtcdClient
+    from flannelpy.store.kube import KubeStore
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,8 @@ async def _serve(settings: Settings, notify: Notify) -> None:
     health = Health()
     voice = Voice(health, notify, settings.readyz_missing_peers)
     async with AsyncExitStack() as stack:
-        stack.enter_context(instance.lock(f"network {settings.etcd_prefix}"))
+        origin = start.origin(settings)
+        stack.enter_context(instance.lock(f"network {origin.prefix}"))
         if settings.healthz_port > 0:
             from flannelpy import endpoints
 
@@ -118,8 +119,11 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             await stack.enter_async_context(pages)
         socket_path = control.path_for(settings.subnet_file)
         await stack.enter_async_context(control.serve(socket_path, voice.commands))
-        store = await stack.enter_async_context(_store(settings, health, notify))
-        origin = Origin(settings.etcd_prefix, tuple(settings.etcd_endpoints))
+        kube: KubeStore | None = None
+        if settings.kube_subnet_mgr:
+            store: Store = (kube := await stack.enter_async_context(_kube_store(settings, voice)))
+        else:
+            store = await stack.enter_async_context(_etcd_store(settings, voice))
         memory = start.remembered(settings, origin)
         learned = await start.learn_network(store, voice.tell, memory, time.time())
         silent = learned is None
@@ -129,6 +133,10 @@ async def _serve(settings: Settings, notify: Notify) -> None:
         config_text, config, backend = learned
         if memory is not None and compare(memory.config, config).pending:
             memory = None  # the network is another one
+        public_ips = settings.public_ip, settings.public_ipv6
+        if kube is not None:
+            public_ips, answers = await start.public_ips(kube.operator_addresses(), public_ips, memory)
+            silent = silent or not answers
         host = LinuxKernel()
         stack.callback(host.close)
         # Another network of this host may share neither a device nor addresses with ours.
@@ -137,7 +145,7 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             stack.enter_context(instance.lock(what))
         ours = [link for link in host.interfaces() if link.name in backend.devices]
         addresses = [address.prefix for link in ours for address in link.addresses]
-        instance.refuse_flannel(settings.etcd_prefix, addresses)
+        instance.refuse_flannel(None if kube else settings.etcd_prefix, addresses)
         previous, warning = subnet_env.read(settings.subnet_file)
         if warning:
             log.warning("%s", warning)
@@ -147,6 +155,8 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             notify.ready()
             voice.tell(text)
             log.info("ready: %s", text)
+            if kube is not None:
+                tasks.create_task(kube.tell_up())
 
         traffic, rules = await _firewall(settings, config, previous, health)
         stack.callback(rules.close)
@@ -160,11 +170,10 @@ async def _serve(settings: Settings, notify: Notify) -> None:
                 settings.iface,
                 settings.iface_regex,
                 settings.iface_can_reach,
-                settings.public_ip,
-                settings.public_ipv6,
+                *public_ips,
             ),
-            host_id=f"{settings.etcd_prefix}|{start.machine_id()}",
-            store_hosts=start.literal_hosts(settings.etcd_endpoints),
+            host_id=f"{origin.prefix}|{start.machine_id()}",
+            store_hosts=start.literal_hosts([kube.server] if kube else settings.etcd_endpoints),
             previous=previous,
             margin_minutes=settings.subnet_lease_renew_margin,
             us=start.identity(),
@@ -308,36 +317,51 @@ def _write_subnet_env(path: str, text: str) -> None:
 
 
 @asynccontextmanager
-async def _store(settings: Settings, health: Health, notify: Notify) -> AsyncIterator[Store]:
+async def _etcd_store(settings: Settings, voice: Voice) -> AsyncIterator[Store]:
     """The etcd store that the settings describe."""
     from flannelpy.store.etcd import EtcdStore  # the slowest import: after flags and privileges are checked
 
-    def trouble(reason: str | None) -> None:
-        if reason == health.store_trouble:
-            return
-        now = time.time()
-        if reason is None:
-            log.info("the store answers again, after %.0f s", now - health.store_trouble_since)
-            notify.status(health.summary)
-        else:
-            if health.store_trouble is None:
-                health.store_trouble_since = now
-            health.metrics.store_troubles += 1
-            since = time.strftime("%H:%M:%SZ", time.gmtime(health.store_trouble_since))
-            outcome = f"the network goes on with what was known at {since}" if health.ready else "waiting"
-            log.warning("%s; %s", reason, outcome)
-            notify.status(f"{reason}; {outcome}")
-        health.store_trouble = reason
-
-    store = EtcdStore(_etcd_client(settings), settings.etcd_prefix, on_trouble=trouble)
+    store = EtcdStore(_etcd_client(settings), settings.etcd_prefix, on_trouble=voice.store_trouble)
     try:
         yield store
     finally:
-        try:
-            async with asyncio.timeout(_CLOSE_SECONDS):
-                await store.close()
-        except TimeoutError:
-            log.debug("the store's connections did not close in time")
+        await _close(store)
+
+
+@asynccontextmanager
+async def _kube_store(settings: Settings, voice: Voice) -> "AsyncIterator[KubeStore]":
+    """The Kubernetes store that the settings describe; StoreError if what they name cannot be used."""
+    from flannelpy.store.kube import KubeStore
+    from flannelpy.store.kube_access import by_url, in_cluster
+    from flannelpy.store.kube_client import KubeClient
+    from flannelpy.store.kube_config import from_kubeconfig
+
+    if settings.kubeconfig_file:
+        access = from_kubeconfig(settings.kubeconfig_file, settings.kube_api_url, os.environ)
+    elif settings.kube_api_url:
+        access = by_url(settings.kube_api_url, os.environ)
+    else:
+        access = in_cluster(os.environ)
+    store = KubeStore(
+        KubeClient(access),
+        os.environ,
+        settings.kube_annotation_prefix,
+        settings.net_config_path,
+        set_condition=settings.set_node_network_unavailable,
+        on_trouble=voice.store_trouble,
+    )
+    try:
+        yield store
+    finally:
+        await _close(store)
+
+
+async def _close(store: Store) -> None:
+    try:
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await store.close()
+    except TimeoutError:
+        log.debug("the store's connections did not close in time")
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from flannelpy.model.address import Address, is_unicast, parse_address, parse_v4, parse_v6
+from flannelpy.model.annotations import key_prefix
 from flannelpy.model.uplink import compile_regex
 
 Reader: TypeAlias = Callable[[str], Any]
@@ -156,6 +157,12 @@ def _endpoint(text: str) -> str:
     return f"{scheme.lower()}://{rest}"
 
 
+def read_annotation_prefix(text: str) -> str:
+    """The text itself, if annotations can begin so."""
+    key_prefix(text)
+    return text
+
+
 def read_vmodule(text: str) -> tuple[tuple[str, int], ...]:
     """`pattern=N,...` -> ((pattern, N), ...). Empty items are skipped; the first match counts (klog)."""
     rules = []
@@ -271,7 +278,7 @@ TABLE = (
          "Take the subnets from Kubernetes nodes instead of etcd."),
     Flag("kube-api-url", KUBE, "", read_text, "URL",
          "Kubernetes API server; without it the kubeconfig's, else the one a pod is told."),
-    Flag("kube-annotation-prefix", KUBE, "flannel.alpha.coreos.com", read_text, "TEXT",
+    Flag("kube-annotation-prefix", KUBE, "flannel.alpha.coreos.com", read_annotation_prefix, "TEXT",
          "Prefix of the node annotations."),
     Flag("kubeconfig-file", KUBE, "", read_text, "FILE",
          "kubeconfig with the credentials for the API server."),

@@ -36,7 +36,7 @@ from flannelpy.model.traffic import RuleSet, Wishes
 from flannelpy.model.traffic import rules as rules_for
 from flannelpy.model.uplink import NoUplink, Uplink, Wish, choose
 from flannelpy.settings import DEFAULT, Settings
-from flannelpy.state_file import Memory, Origin
+from flannelpy.state_file import Memory
 
 _STORE_SECONDS = 12.0
 _SECOND_LOOK = 1.0
@@ -61,7 +61,7 @@ def inspect(known: Settings, *, most_peers: int, tell: Tell, try_features: bool 
     store = read_store(known)
     memory = None
     if store.census is None:
-        memory = start.remembered(known, Origin(known.etcd_prefix, tuple(known.etcd_endpoints)))
+        memory = start.remembered(known, start.origin(known))
     with closing(LinuxKernel(only_look=True)) as kernel:
         tell("the kernel's tables")
         overlay, trouble = _overlay(known, kernel, store.census, memory, privileged=privileged)

@@ -86,21 +86,6 @@ class Settings(NamedTuple):
         return f"Settings({describe(self)})"
 
 
-class _Unavailable(NamedTuple):
-    flag: str
-    what: str
-    accepted: str
-
-    def asked(self, settings: Settings) -> bool:
-        """Whether the value asks for the feature (a boolean is an int)."""
-        value: int = getattr(settings, FLAGS[self.flag].field)
-        return value > 0
-
-
-# What later versions bring: delete a row when the feature stands.
-_UNAVAILABLE = (_Unavailable("kube-subnet-mgr", "subnets from Kubernetes", "false"),)
-
-
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Settings | ShowHelp | ShowVersion:
     """The words after the program's name and the environment -> what to do; SettingsError with one line."""
     read = _command_line(argv)
@@ -120,20 +105,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Settings | ShowHel
         sources.setdefault(flag.name, DEFAULT)
     settings = Settings(**values, ignored_words=words, sources=MappingProxyType(sources))
     _check_pairs(settings)
-    unavailable(settings)
     return settings
-
-
-def unavailable(settings: Settings) -> None:
-    """Refuse what is asked for by name and not in this version yet: SettingsError."""
-    for row in _UNAVAILABLE:
-        source = settings.sources[row.flag]
-        if source != DEFAULT and row.asked(settings):
-            value = _text(FLAGS[row.flag], settings)
-            raise SettingsError(
-                f"{_place(row.flag, source)}={value}: {row.what} are not in this version yet; "
-                f"the accepted value is {row.accepted}"
-            )
 
 
 def help_text() -> str:

@@ -5,9 +5,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
+from typing import TypeAlias
 
 from flannelpy import state_file
 from flannelpy.backend import Backend, load
@@ -20,6 +21,9 @@ from flannelpy.state_file import Memory, Origin
 from flannelpy.store import Store
 
 log = logging.getLogger("flannelpy.daemon")
+
+PublicIps: TypeAlias = tuple[Address | None, Address | None]
+"""IPv4, IPv6."""
 
 
 async def learn_network(
@@ -58,6 +62,30 @@ def _why_not(text: str | None, place: str) -> str | None:
     except (ConfigError, LookupError) as error:
         return f"the network config at {place} cannot be used: {error}"
     return None
+
+
+def origin(settings: Settings) -> Origin:
+    """Which network of which store the settings name."""
+    if not settings.kube_subnet_mgr:
+        return Origin(settings.etcd_prefix, tuple(settings.etcd_endpoints))
+    server = settings.kube_api_url or settings.kubeconfig_file or "in-cluster"
+    return Origin(f"kubernetes/{settings.kube_annotation_prefix}", (server,))
+
+
+async def public_ips(
+    asked: Awaitable[PublicIps], by_flags: PublicIps, memory: Memory | None
+) -> tuple[PublicIps, bool]:
+    """((IPv4, IPv6), whether the store answers): what an operator says at the node counts more than flags.
+
+    Waits for ever, unless there is a memory that will do.
+    """
+    usable = memory is not None and memory.is_valid_at(time.time())
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS if usable else None):
+            said = await asked
+    except TimeoutError:
+        return by_flags, False
+    return (said[0] or by_flags[0], said[1] or by_flags[1]), True
 
 
 def remembered(settings: Settings, origin: Origin) -> Memory | None:

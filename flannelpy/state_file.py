@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from flannelpy.files import read_regular, replace
+from flannelpy.model.address import parse_prefix
 from flannelpy.model.config import NetworkConfig, parse_config
 from flannelpy.model.lease import Lease
 from flannelpy.model.leases import Held
@@ -124,7 +125,9 @@ def write(path: Path, memory: Memory) -> None:
 
 
 def _record(lease: Lease) -> dict[str, Any]:
+    # An etcd key is the subnets; a Kubernetes node's name is not.
     return {
+        **({} if _has_key_of(lease) else {"subnets": [str(subnet) for subnet in lease.subnets()]}),
         "key": lease.key,
         "value": encode_attrs(lease.attrs),
         "created": lease.created,
@@ -133,8 +136,19 @@ def _record(lease: Lease) -> dict[str, Any]:
     }
 
 
+def _has_key_of(lease: Lease) -> bool:
+    try:
+        return parse_key(lease.key) == (lease.subnet, lease.subnet6)
+    except ValueError:
+        return False
+
+
 def _lease(record: Any) -> Lease:
-    subnet, subnet6 = parse_key(record["key"])
+    if "subnets" in record:
+        found = {prefix.bits: prefix for prefix in map(parse_prefix, record["subnets"])}
+        subnet, subnet6 = found.get(32), found.get(128)
+    else:
+        subnet, subnet6 = parse_key(record["key"])
     return Lease(
         record["key"],
         subnet,

@@ -4,6 +4,8 @@ What makes the answers is loaded by the first who asks: a start does not wait fo
 """
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from flannelpy.verdict import Verdict, is_stuck, judge
 if TYPE_CHECKING:
     from flannelpy import endpoints, status
     from flannelpy.exposition import Exposition
+
+log = logging.getLogger("flannelpy.daemon")
 
 
 class Voice:
@@ -47,6 +51,24 @@ class Voice:
         """The node in one line, for all who ask."""
         self._health.summary = text
         self._notify.status(text)
+
+    def store_trouble(self, reason: str | None) -> None:
+        """Why the store cannot be reached or used; None: it answers again."""
+        health, now = self._health, time.time()
+        if reason == health.store_trouble:
+            return
+        if reason is None:
+            log.info("the store answers again, after %.0f s", now - health.store_trouble_since)
+            self._notify.status(health.summary)
+        else:
+            if health.store_trouble is None:
+                health.store_trouble_since = now
+            health.metrics.store_troubles += 1
+            since = time.strftime("%H:%M:%SZ", time.gmtime(health.store_trouble_since))
+            outcome = f"the network goes on with what was known at {since}" if health.ready else "waiting"
+            log.warning("%s; %s", reason, outcome)
+            self._notify.status(f"{reason}; {outcome}")
+        health.store_trouble = reason
 
     def speak_for(self, node: Node) -> None:
         """There is a node now."""

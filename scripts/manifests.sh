@@ -15,7 +15,6 @@ render() {
 {
     cat <<'END'
 # All that a cluster needs to run flannelpy. Written by scripts/manifests.sh from the chart beside it: change it there.
-# Not usable with 0.1.0, whose daemon has no Kubernetes store yet.
 # Before you apply it: name your image (twice), and make "Network" the pod network of your cluster.
 ---
 apiVersion: v1

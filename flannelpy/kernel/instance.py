@@ -79,15 +79,17 @@ class _Flannel(NamedTuple):
     subnet_file: str
 
 
-def refuse_flannel(prefix: str, addresses: Sequence[Prefix]) -> None:
+def refuse_flannel(prefix: str | None, addresses: Sequence[Prefix]) -> None:
     """Raise ConflictError if a flannel in this network namespace serves our network or our device.
 
-    It does if its etcd prefix is ours, or if one of `addresses` (on our devices) is the base of the subnet in
-    its subnet file.
+    It does if its etcd prefix is ours (None: Kubernetes), or if one of `addresses` (on our devices) is the
+    base of the subnet in its subnet file.
     """
     for flannel in _flannels():
         reason = ""
-        if flannel.prefix is not None and flannel.prefix.rstrip("/") == prefix.rstrip("/"):
+        if prefix is None and flannel.prefix is None:
+            reason = "the same Kubernetes node"
+        elif prefix and flannel.prefix and flannel.prefix.rstrip("/") == prefix.rstrip("/"):
             reason = f"the same network {prefix}"
         else:
             previous, _warning = read_subnet_env(f"/proc/{flannel.pid}/root{flannel.subnet_file}")

@@ -281,23 +281,6 @@ def test_foreign_text_in_an_error_is_escaped_and_cut() -> None:
     assert len(error("--log-format=" + "x" * 100_000)) < 400
 
 
-# --- features of later versions ---
-
-
-@pytest.mark.parametrize(
-    ("name", "asked", "accepted"),
-    [
-        ("kube-subnet-mgr", "t", "false"),
-    ],
-)
-def test_features_that_are_not_there_yet(name: str, asked: str, accepted: str) -> None:
-    for line in (error(f"--{name}={asked}"), error(**{FLAGS[name].env: asked})):
-        assert "not in this version yet" in line
-        assert line.endswith(f"the accepted value is {accepted}")
-    parsed = settings(f"--{name}={accepted}")
-    assert parsed.sources[name] == "command line"
-
-
 # --- what is printed ---
 
 
@@ -373,7 +356,7 @@ def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         (["--bogus"], {}, "unknown flag --bogus"),
         (["--ip-masq", "true", "--v=1"], {}, "flags are not read any more"),
         (["--v=1"], {"FLANNELD_PUBLIC_IP": "1.2.3"}, 'FLANNELD_PUBLIC_IP="1.2.3"'),
-        (["--kube-subnet-mgr"], {}, "not in this version yet"),
+        (["--kube-annotation-prefix=org"], {}, "two or more labels"),
         (["doker-opts"], {}, "did you mean docker-opts?"),
         (["qqq\n"], {}, "commands are bench, capture, cleanup, cni, config, demo, docker-opts"),
     ],

@@ -10,7 +10,7 @@ from flannelpy.store import Head
 from flannelpy.store import etcd_pb2 as pb
 from flannelpy.store.etcd import _advanced, clean_prefix
 from flannelpy.store.etcd_reason import bounded, call_reason, connect_reason
-from flannelpy.store.etcd_retry import Retry
+from flannelpy.store.retry import Retry
 
 
 def response(revision: int, *events: int) -> pb.WatchResponse:
@@ -50,7 +50,7 @@ def test_waits_double_up_to_five_seconds_and_differ(monkeypatch: pytest.MonkeyPa
         waits.append(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr("flannelpy.store.etcd_retry.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("flannelpy.store.retry.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     async def scenario() -> None:
         retry = Retry(Random(1), reports.append)

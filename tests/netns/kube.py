@@ -1,0 +1,62 @@
+"""A lab whose nodes are Kubernetes nodes: the stand-in for an API server instead of etcd, over HTTPS."""
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flannelpy.cli.lab import GATEWAY, Lab, Node
+from flannelpy.cli.processes import Process, inside
+from tests.kube.api import StandIn
+
+NETWORK = "10.244.0.0/16"
+OURS = (sys.executable, "-m", "flannelpy")
+
+
+class KubeApi(StandIn):
+    """In the underlay's namespace: each call is made by a thread that has entered it."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._netns = f"/run/netns/{lab.underlay}"
+        super().__init__(lab.folder / "api", str(GATEWAY), command=tuple(inside(lab.underlay)), port=6443)
+
+    def call(self, method: str, path: str, body: Any = None, kind: str = "application/json") -> Any:
+        def there() -> Any:
+            descriptor = os.open(self._netns, os.O_RDONLY)
+            try:
+                if ctypes.CDLL(None, use_errno=True).setns(descriptor, 0x40000000):
+                    raise OSError(ctypes.get_errno(), "setns")
+            finally:
+                os.close(descriptor)
+            return StandIn.call(self, method, path, body, kind)
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(there).result()
+
+
+class Cluster:
+    """A lab, its API server, and what a kubelet and a controller manager do to nodes."""
+
+    def __init__(self, lab: Lab, config: dict[str, Any]) -> None:
+        self.lab = lab
+        self.api = KubeApi(lab)
+        self.config = Path(lab.folder, "net-conf.json")
+        self.config.write_text(json.dumps(config))
+        self.kubeconfig = self.api.kubeconfig()
+
+    def add_node(self, *, cidr: bool = True) -> Node:
+        node = self.lab.add_node()
+        self.api.add_node(node.name, (f"10.244.{node.number}.0/24",) if cidr else ())
+        return node
+
+    def start(self, node: Node, command: Sequence[str] = OURS, flags: Sequence[str] = ()) -> Process:
+        ours = [
+            "--kube-subnet-mgr",
+            f"--kubeconfig-file={self.kubeconfig}",
+            f"--net-config-path={self.config}",
+        ]
+        return self.lab.start_daemon(node, ["env", f"NODE_NAME={node.name}", *command], flags=[*ours, *flags])
