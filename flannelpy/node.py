@@ -16,6 +16,7 @@ from flannelpy import subnet_env, surroundings
 from flannelpy.backend import Backend
 from flannelpy.claim import Claim, Telling
 from flannelpy.health import Health
+from flannelpy.hold import Hold
 from flannelpy.knowledge import Knowledge
 from flannelpy.model.address import Address
 from flannelpy.model.config import NetworkConfig
@@ -30,7 +31,7 @@ from flannelpy.model.uplink import Wish
 from flannelpy.reconcile import Reconciler
 from flannelpy.rules import Firewall, Rules
 from flannelpy.state_file import Memory, Origin
-from flannelpy.store import TTL_SECONDS, Store
+from flannelpy.store import Store
 from flannelpy.strangers import Strangers
 from flannelpy.strangers import Table as FilterTable
 from flannelpy.surroundings import Host, Surroundings
@@ -135,8 +136,11 @@ class Node:
         self._traffic = parts.traffic
         self._enable_nftables = parts.config.enable_nftables
         self._env = ""
-        self._hold: asyncio.TimerHandle | None = None
-        """When the held peers are let go."""
+        self._hold = Hold(
+            holds=lambda: bool(self._knowledge.held()),
+            hears=lambda: parts.health.store_trouble is None,
+            end=self.confirm,
+        )
 
     async def live(self) -> None:
         """From the claim on a subnet to the end."""
@@ -169,13 +173,14 @@ class Node:
                 parts.health.peer_filter = ENFORCE if done.dropped else COUNT
             self._strangers = Strangers(parts.peer_filter, port, parts.health, done)
         if self._knowledge.held():
-            self._hold_for_a_while()
+            self._hold.begin()
         if from_memory:
             reconciler.offer(Delta(self._knowledge.all_leases(), (), 0))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow_store(reconciler), name="follow the peers")
             tasks.create_task(self._follow_kernel(reconciler), name="follow the kernel")
             tasks.create_task(reconciler.run(), name="reconcile")
+            tasks.create_task(self._hold.run(), name="end the hold of peers")
             if self._rules is not None:
                 tasks.create_task(self._rules.listen(), name="follow the rules")
                 tasks.create_task(self._rules.run(), name="keep the rules")
@@ -289,7 +294,7 @@ class Node:
                     here = (uplink.address, uplink.address6)
                     self._strangers.offer(here, (*known.all_leases(), *known.held()))
                 if isinstance(update, Snapshot) and update.new_history:
-                    self._hold_for_a_while()
+                    self._hold.begin()
 
     async def _follow_kernel(self, reconciler: Reconciler) -> None:
         async with aclosing(self._parts.host.changes()) as changes:
@@ -328,12 +333,6 @@ class Node:
     def _look_for_uplink(self) -> None:
         if self._reconciler is not None:
             self._reconciler.offer([Shaken("there was no uplink")])
-
-    def _hold_for_a_while(self) -> None:
-        """Who has not written its record within a TTL is gone."""
-        if self._hold is not None:
-            self._hold.cancel()
-        self._hold = asyncio.get_running_loop().call_later(TTL_SECONDS, self.confirm)
 
     def _config_applied(self, config: NetworkConfig) -> None:
         self._claim.use(config)

@@ -15,7 +15,7 @@ from flannelpy.model.config import NetworkConfig, parse_config
 from flannelpy.model.lease import Lease
 from flannelpy.model.leases import Held
 from flannelpy.model.subnet import decode_attrs, encode_attrs, parse_key
-from flannelpy.store import Head
+from flannelpy.store import TTL_SECONDS, Head
 
 _VERSION = 1
 _LARGEST = 64 << 20
@@ -53,8 +53,11 @@ class Memory(NamedTuple):
     """which it did at this revision."""
 
     def is_valid_at(self, now: float) -> bool:
-        """Whether the lease still lasts; never by a clock that went back."""
-        return self.saved <= now < self.expires
+        """Whether the lease still lasts; never by a clock that went back.
+
+        Nor by one that was ahead when the lease was written, and was put right before this was saved.
+        """
+        return self.saved <= now < min(self.expires, self.saved + TTL_SECONDS)
 
 
 def path_for(folder: str, prefix: str) -> Path:

@@ -54,6 +54,8 @@ class Leases:
             told = {lease.key: lease.revision for lease in update.leases}
             told.update((key, -1) for key, _reason in update.unreadable)
             self._release([key for key, held in self.held.items() if told.get(key, 0) != held.stale])
+            alive = [lease for lease in update.leases if self.held and lease.revision > self.began]
+            self._release([key for lease in alive for key in self._other_places(lease)])
         from_memory = update.new_history and not was_following
         self._make_room([lease for lease in update.leases if self._is_news(lease)])
         if from_memory:

@@ -44,7 +44,9 @@ class StoreRecords(Records):
     def restore(self, backup: MemoryData) -> None:
         world = self.world
         world.strays += world.leftovers()
+        before = dict(self.records)
         super().restore(backup)
+        world.unaware |= {owner for key, was in before.items() if (owner := world.did_not_see(key, was))}
         world.began = world.loop.time()
         world.withdrawals.new_history(world.began, self.records)
         self.written = dict.fromkeys(self.records, world.loop.time())  # etcd starts their lives anew
@@ -70,6 +72,8 @@ class StoreWorld(World):
         self.twins: dict[Member, Member] = {}
         """Clone -> the machine that it is a copy of."""
         self.left: set[Member] = set()
+        self.unaware: set[Member] = set()
+        """Nodes whose record was given away and brought back by a restore before they saw either."""
         self.strays: list[Lease] = []
         """What operators and clones wrote."""
         self._writes: dict[str, list[float]] = {}
@@ -119,14 +123,28 @@ class StoreWorld(World):
         return self.loop.time() < self.calm_at + SETTLED_SECONDS
 
     async def _mend_wrong(self) -> bool:
-        """An operator restarts who was started with the config of another network."""
+        """An operator restarts who was started with the config of another network.
+
+        And who cannot know that its peers have seen its subnet given to another node: the restore has hidden
+        that from it, they hold what they have seen, and it has no reason to write before its next renewal.
+        """
         wrong = [one for one in self.members if one.running and one.config and not self._is_right(one)]
+        unaware = [one for one in self.unaware if one.running and self.withdrawals.told[one].at < self.began]
+        self.unaware.clear()
+        wrong += sorted(set(unaware) - set(wrong), key=str)
         for member in wrong:
             await member.kill()
             self.note(f"{member} is restarted by an operator")
             member.start()
             self.fault_until(1.0)
         return bool(wrong)
+
+    def did_not_see(self, key: str, was: Record) -> Member | None:
+        """Who has a record again that another node's had replaced without its knowledge."""
+        owner = self.owner(key) if key in self.data.records else None
+        if owner is None or owner is self.owner_of(was) or owner.store is None:
+            return None
+        return None if read_lease(was).attrs in owner.store.seen.get(key, ()) else owner
 
     def _is_as_written(self, member: Member) -> bool:
         told = self.withdrawals.told.get(member)

@@ -11,7 +11,7 @@ from flannelpy import state_file
 from flannelpy.model.config import parse_config
 from flannelpy.model.leases import Held
 from flannelpy.state_file import Memory, Origin
-from flannelpy.store import Head
+from flannelpy.store import TTL_SECONDS, Head
 from tests.builders import lease
 
 TEXT = '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}'
@@ -36,6 +36,10 @@ def test_it_is_of_one_network_and_valid_for_a_time() -> None:
     assert not MEMORY.origin.is_same(Origin(ORIGIN.prefix, ("http://c:2379",)))
     assert not MEMORY.origin.is_same(Origin("/other", ORIGIN.endpoints))
     assert [MEMORY.is_valid_at(now) for now in (999, 1000, 1999, 2000)] == [False, True, True, False]
+    # Written by a clock that was a day ahead, saved by the right one.
+    ahead = MEMORY._replace(expires=MEMORY.saved + 2 * TTL_SECONDS)
+    lasting = [ahead.is_valid_at(MEMORY.saved + TTL_SECONDS + more) for more in (-1, 0)]
+    assert lasting == [True, False]
     assert state_file.path_for("/s", "/a/b") != state_file.path_for("/s", "/a-b")
 
 

@@ -1,7 +1,7 @@
 """Peers are held when the store begins a new history, and each way in which a hold ends."""
 
 from flannelpy.model.lease import Delta, Lease, Snapshot
-from flannelpy.model.leases import Leases
+from flannelpy.model.leases import Held, Leases
 from tests.builders import lease
 
 OWN = lease("10.5.1.0/24", "192.0.2.1", mac="02:00:00:00:00:01", created=100)
@@ -51,6 +51,20 @@ def test_an_older_record_of_a_backup_does_not_count_until_it_is_written_again() 
     leases.after(Snapshot((older._replace(revision=12),), 12), OWN)
     assert leases.known[older.key].attrs == older.attrs
     assert older.key not in leases.held
+
+
+def test_who_has_moved_while_we_did_not_look_is_not_held_where_it_was() -> None:
+    """As told by a listing of the same history after a restart, from a copy that is older than the move."""
+    former, now = peer(9, public_ip=2), PEERS[0]
+    held = [Held(former, 0), *(Held(one, 0) for one in PEERS)]
+    leases = Leases((OWN,), held, began=5)
+    leases.after(Snapshot((OWN, now._replace(revision=9)), 9), OWN)
+    assert former.key not in leases.known
+    assert set(leases.held) == {one.key for one in PEERS if one.key != now.key}
+    # What may be from the backup says nothing of the kind.
+    leases = Leases((OWN,), held, began=9)
+    leases.after(Snapshot((OWN, now._replace(revision=9)), 9), OWN)
+    assert former.key in leases.held
 
 
 def test_each_comes_back_by_itself() -> None:
