@@ -61,6 +61,10 @@ class Leases:
         if from_memory:
             self._release(_overlapped(update.leases, self.held))
             self._release([key for lease in update.leases for key in self._former_addresses(lease)])
+            # Later than all that an earlier life saw, so no backup of that time.
+            newest = max((lease.revision for lease in self.known.values()), default=0)
+            later = [lease for lease in update.leases if lease.revision > newest]
+            self._release([key for lease in later for key in self._other_places(lease)])
         self._withheld = {lease.key: lease for lease in update.leases if lease.key in self.held}
         told_now = [lease for lease in update.leases if lease.key not in self.held]
         self._doubted = {

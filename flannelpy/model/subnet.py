@@ -9,11 +9,14 @@ import re
 import socket
 from collections.abc import Callable, Iterable
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from flannelpy.model.address import Address, Prefix, format_address, parse_address, parse_v4, parse_v6
 from flannelpy.model.config import NetworkConfig, decode_json
 from flannelpy.model.lease import LeaseAttrs
+
+Pair: TypeAlias = tuple[Prefix | None, Prefix | None]
+"""(IPv4 subnet, IPv6 subnet)."""
 
 
 class Previous(NamedTuple):
@@ -43,7 +46,7 @@ def format_key(subnet: Prefix | None, subnet6: Prefix | None) -> str:
     return key if subnet6 is None else f"{key}&{_go_text(subnet6.address)}-{subnet6.length}"
 
 
-def parse_key(text: str) -> tuple[Prefix | None, Prefix | None]:
+def parse_key(text: str) -> Pair:
     """The last part of a lease's etcd key -> (IPv4 subnet, IPv6 subnet); ValueError otherwise.
 
     flannel lets anything stand before the address; this does not. Host bits are masked off and a length may
@@ -251,10 +254,10 @@ def is_compatible(config: NetworkConfig, subnet: Prefix | None, subnet6: Prefix 
 
 def choose(
     config: NetworkConfig,
-    taken: Iterable[tuple[Prefix | None, Prefix | None]],
+    taken: Iterable[Pair],
     previous: Previous,
     random: Random,
-) -> tuple[Prefix | None, Prefix | None]:
+) -> Pair:
     """The subnets to claim: per family the previous one if it fits and is free, else a random free one.
 
     Uniform over the whole range, so that nodes that join together rarely meet (flannel draws from the first

@@ -1,17 +1,16 @@
 """Which record to claim, given all of them: the decision of `acquire`, the same for every store. Pure."""
 
 from collections.abc import Collection
+from contextlib import suppress
 from random import Random
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from flannelpy.model.address import Prefix
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseAttrs, same_node
-from flannelpy.model.subnet import PoolFull, Previous, choose, format_key, is_compatible
+from flannelpy.model.subnet import Pair, PoolFull, Previous, choose, format_key, is_compatible
 from flannelpy.store import Running
 from flannelpy.store.etcd_codec import Listing
-
-Pair: TypeAlias = tuple[Prefix | None, Prefix | None]
 
 _MANY = 10
 """From so many records on it is a mishap rather than a coincidence when most are gone."""
@@ -49,19 +48,25 @@ def decide(
     refused: Collection[Pair],
     random: Random,
     running: Running | None = None,
+    lost: Collection[Pair] = (),
 ) -> TakeOver | Create | MakeRoom:
-    """`ours` needs only the public IPs. `refused` are subnets that could not be claimed. Raises PoolFull."""
+    """`ours` needs only the public IPs. `refused` are subnets that could not be claimed. Raises PoolFull.
+
+    `lost`: what a node that starts knows of a history that ended; given to it only if nothing else is free.
+    """
     mine = own_leases(listing, ours)
-    fitting = [lease for lease in mine if is_compatible(config, lease.subnet, lease.subnet6)]
+    # Of two pairs with one half in common the older one counts, whoever made the other one again.
+    settled = [lease for lease in mine if not has_rival(listing, lease)]
+    fitting = [lease for lease in settled if is_compatible(config, lease.subnet, lease.subnet6)]
     wanted = _pair(running.own) if running else (previous.subnet, previous.subnet6)
-    for lease in mine if running else fitting:
+    for lease in settled if running else fitting:
         if _pair(lease) == wanted:
             return TakeOver(lease)
     taken = [*listing.taken, *refused]
     held: list[Pair] = []
     if running:
         former = next((lease for lease in listing.leases.values() if _is_former(lease, running.own)), None)
-        if former is not None:
+        if former is not None and not has_rival(listing, former):
             return TakeOver(former)
         # A restored backup may hold an older lease of ours, and SubnetMin may have changed: packets flow by
         # the one that we have now.
@@ -78,6 +83,10 @@ def decide(
     free = [lease for lease in fitting if not any(overlap(_pair(lease), pair) for pair in held)]
     if free:
         return TakeOver(free[0])
+    avoided = [pair for pair in lost if pair != wanted]
+    if avoided:
+        with suppress(PoolFull):
+            return Create(*choose(config, (*taken, *held, *avoided), previous, random))
     try:
         return Create(*choose(config, (*taken, *held), previous, random))
     except PoolFull:

@@ -115,8 +115,10 @@ class EtcdStore:
         self, config: NetworkConfig, offer: Offer, previous: Previous, running: Running | None = None
     ) -> Lease:
         """Claim a subnet; see Store. A `watch` that follows begins with the listing that was made for it."""
-        seen = self._seen.copy() if self._watching else None
-        acquisition = Acquisition(self._records, config, offer, previous, self._random, running, seen)
+        seen, watching = self._seen.copy(), self._watching
+        acquisition = Acquisition(
+            self._records, config, offer, previous, self._random, running, seen, watching=watching
+        )
         own, state = await acquisition.run()
         if not self._watching:
             self._handed = state

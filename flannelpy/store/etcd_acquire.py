@@ -10,12 +10,11 @@ from random import Random
 from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseAttrs
-from flannelpy.model.subnet import PoolFull, Previous
+from flannelpy.model.subnet import Pair, PoolFull, Previous
 from flannelpy.store import Offer, Running
 from flannelpy.store.decision import (
     Create,
     MakeRoom,
-    Pair,
     TakeOver,
     decide,
     has_rival,
@@ -46,7 +45,9 @@ class Acquisition:
         previous: Previous,
         random: Random,
         running: Running | None,
-        seen: Seen | None,
+        seen: Seen,
+        *,
+        watching: bool,
     ) -> None:
         self._records = records
         self._config = config
@@ -56,7 +57,10 @@ class Acquisition:
         self._random = random
         self._running = running
         self._seen = seen
-        """A watch has seen so much: nothing is written into a history that it has not told about."""
+        """What the watch, or an earlier life of this node, has seen,"""
+        self._watching = watching
+        """and if it was the watch: nothing is written into a history that it has not told about."""
+        self._remembered: list[Pair] = []
         self._grant = 0
         self._refused: list[Pair] = []
 
@@ -81,7 +85,9 @@ class Acquisition:
     async def _claim(self) -> tuple[Lease, Lease | None, State]:
         """(our lease, the lease that it replaces, all leases)."""
         state = await self._records.read_all()
-        if self._seen is not None and self._seen.is_contradicted(state.listing, state.head):
+        if not self._watching:
+            self._remembered = self._seen.lost(state.listing, state.head)
+        elif self._seen.is_contradicted(state.listing, state.head):
             raise StoreError("etcd's history is another one: the peers are compared first", transient=True)
         unknown = 0
         while True:
@@ -122,6 +128,7 @@ class Acquisition:
                 self._refused,
                 self._random,
                 self._running,
+                self._remembered,
             )
         except PoolFull as full:
             raise StoreError(str(full)) from None

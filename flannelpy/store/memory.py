@@ -13,12 +13,11 @@ from typing import NamedTuple
 from flannelpy.errors import StoreError
 from flannelpy.model.config import NetworkConfig
 from flannelpy.model.lease import Lease, LeaseAttrs, LeaseUpdate
-from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
+from flannelpy.model.subnet import Pair, PoolFull, Previous, encode_attrs
 from flannelpy.store import Head, Marks, Offer, Running
 from flannelpy.store.decision import (
     Create,
     MakeRoom,
-    Pair,
     TakeOver,
     decide,
     lacks_most,
@@ -243,7 +242,8 @@ class MemoryStore:
                 )
             listing = self.data.listing()
             try:
-                decision = decide(config, listing, ours, previous, refused, self._random, running)
+                lost = [] if self._watching else self._seen.lost(listing, self.data.head)
+                decision = decide(config, listing, ours, previous, refused, self._random, running, lost)
             except PoolFull as full:
                 raise StoreError(str(full)) from None
             await asyncio.sleep(0)

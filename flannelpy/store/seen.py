@@ -6,8 +6,10 @@ written before the point that we have seen is exactly the record that we know.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from flannelpy.model.lease import Delta
+from flannelpy.model.subnet import Pair, parse_key
 from flannelpy.store import Head, Mark, Marks, mark_of
 from flannelpy.store.etcd_codec import Listing, Record
 
@@ -72,6 +74,16 @@ class Seen:
             if lease.revision <= self.head.revision
         ]
         return not all(was_known) or (len(self.marks) > 1 and not self._is_any_left(listing))
+
+    def lost(self, listing: Listing, head: Head) -> list[Pair]:
+        """The subnets that were known when another history began: their nodes may live, and come back."""
+        if not self.is_contradicted(listing, head):
+            return []
+        found = []
+        for key in self.marks:
+            with suppress(ValueError):  # one that could not be read either
+                found.append(parse_key(key))
+        return found
 
     def _is_any_left(self, listing: Listing) -> bool:
         """Whether one of the known records lives on, as it was or written again."""

@@ -269,7 +269,8 @@ class Member:
 
     async def _parts(self) -> Parts:
         world = self.world
-        store = self.store = SimStore(self)
+        before, store = self.store, SimStore(self)
+        self.store = store
         store.connect(connected=self.connected)
         self.health = Health()
         self.config = None
@@ -285,6 +286,8 @@ class Member:
             memory = None
         if memory is not None:
             store.began = memory.began
+            if before is not None and memory.held and memory.began == before.began:
+                store.met, store.doubts = before.met, before.doubts  # as its copy remembers
             held = (one.lease for one in memory.held)
             store.remembered.update(lease.key for lease in (*memory.peers, *held))
         self.config = config

@@ -170,3 +170,14 @@ def test_an_unreadable_record_keeps_what_was_known() -> None:
     leases.after(Snapshot((OWN, *PEERS), 100), OWN)
     leases.after(Snapshot((OWN,), 101, ((PEERS[0].key, "not JSON"),)), OWN)
     assert set(leases.known) == {OWN.key, PEERS[0].key}
+
+
+def test_after_a_restart_a_record_later_than_all_that_was_seen_is_no_backups() -> None:
+    """Everything had expired while the cluster slept; the peer has another subnet since."""
+    former, now = PEERS[0], peer(9, public_ip=2, revision=60)
+    leases = Leases(PEERS)
+    leases.after(Snapshot((OWN, now), 60, new_history=True), OWN)
+    assert former.key not in leases.known
+    older = Leases(PEERS)
+    older.after(Snapshot((OWN, now._replace(revision=40)), 60, new_history=True), OWN)
+    assert former.key in older.held

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from flannelpy.model.address import parse_v4, parse_v6
+from flannelpy.model.address import parse_prefix, parse_v4, parse_v6
 from flannelpy.model.config import parse_config
 from flannelpy.model.lease import LeaseAttrs, same_node
 from flannelpy.model.subnet import PoolFull, Previous, encode_attrs
@@ -122,3 +122,30 @@ def test_what_a_backup_brought_back_of_ours_is_removed() -> None:
     old, own = table.leases.values()
     assert stale_leases(SMALL, table, ME, own) == []
     assert stale_leases(SMALL, table, ME, own, Running(own, (), old.revision)) == [old]
+
+
+def test_our_record_that_was_made_again_over_an_older_one_is_left_alone() -> None:
+    """By an operator, while another node had claimed half of the pair."""
+    pairs = {"10.5.1.0-24&fd00:5:0:1::-64": OTHER, "10.5.1.0-24&fd00:5:0:2::-64": ME}
+    records = [
+        Record(key, encode_attrs(attrs).encode(), revision, revision, 0)
+        for revision, (key, attrs) in enumerate(pairs.items(), 5)
+    ]
+    table = read_listing(records, 100)
+    _other, ours = table.leases.values()
+    dual = parse_config('{"Network":"10.5.0.0/22","EnableIPv6":true,"IPv6Network":"fd00:5::/48"}')
+    for running in (None, Running(ours)):
+        found = decide(dual, table, ME, Previous(), [], Random(1), running)
+        assert isinstance(found, Create)
+        assert found.key not in pairs
+
+
+def test_a_node_that_starts_into_another_history_leaves_the_subnets_of_the_former_one_alone() -> None:
+    lost = [(parse_prefix("10.5.1.0/24"), None), (parse_prefix("10.5.2.0/24"), None)]
+    for number in range(20):
+        found = decide(SMALL, listing(), ME, Previous(), [], Random(number), lost=lost[:1])
+        assert found == Create(lost[1][0], None)
+    # Its own among them is its own; and a full pool is no reason not to start.
+    previous = Previous(None, lost[0][0])
+    assert decide(SMALL, listing(), ME, previous, [], Random(1), lost=lost) == Create(*lost[0])
+    assert isinstance(decide(SMALL, listing(), ME, Previous(), [], Random(1), lost=lost), Create)
