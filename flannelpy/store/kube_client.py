@@ -118,6 +118,8 @@ class KubeClient:
                     raise self._error("sends a watch event that is not JSON") from None
                 if events or not chunk:
                     yield events
+        if rest.strip():
+            raise self._error("ended a watch in the middle of an event")
 
     # --- one request -------------------------------------------------------------------------------------
 

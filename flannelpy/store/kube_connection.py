@@ -172,6 +172,8 @@ def reason_of(error: Exception) -> str:
         return f"TLS failed: {reason} (does it speak TLS? does it want another client certificate?)"
     if isinstance(error, socket.gaierror):
         return f"its name does not resolve: {error.strerror}"
+    if isinstance(error, h11.ProtocolError) and "ConnectionClosed" in str(error):
+        return "it closed the connection without an answer (does it want a client certificate?)"
     if isinstance(error, h11.ProtocolError):
         return f"it does not speak HTTP/1.1: {str(error)[:80]}"
     if isinstance(error, ConnectionRefusedError):

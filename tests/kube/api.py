@@ -43,10 +43,11 @@ class ApiServer:
     ) -> str:
         path = self.folder / name
         known = {"server": self.url, "certificate-authority": self.authority.file}
+        known = {key: text for key, text in {**known, **cluster}.items() if text}
         value = {
             "current-context": "test",
             "contexts": [{"name": "test", "context": {"cluster": "c", "user": "u"}}],
-            "clusters": [{"name": "c", "cluster": {**known, **cluster}}],
+            "clusters": [{"name": "c", "cluster": known}],
             "users": [{"name": "u", "user": {"token": TOKEN} if user is None else user}],
         }
         path.write_text(json.dumps(value))
@@ -107,15 +108,22 @@ class StandIn(ApiServer):
     """tests/kube/server.py as a process."""
 
     def __init__(
-        self, folder: Path, address: str = "127.0.0.1", *, command: tuple[str, ...] = (), port: int = 0
+        self,
+        folder: Path,
+        address: str = "127.0.0.1",
+        *,
+        command: tuple[str, ...] = (),
+        port: int = 0,
+        client_ca: bool = False,
     ) -> None:
         super().__init__(folder, address)
         self._command = command
+        self._flags = (f"--client-ca={self.authority.file}",) if client_ca else ()
         self.start(port)
 
     def start(self, port: int = 0) -> None:
         program = [sys.executable, "-m", "tests.kube.server", f"--address={self.address}", f"--port={port}",
-                   f"--certificate={self.pair.certificate}", f"--key={self.pair.key}"]  # fmt: skip
+                   f"--certificate={self.pair.certificate}", f"--key={self.pair.key}", *self._flags]  # fmt: skip
         self.process = subprocess.Popen(
             [*self._command, *program], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )

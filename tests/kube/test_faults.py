@@ -1,0 +1,469 @@
+"""What goes wrong between a node and its API server; each by the stand-in, over HTTPS."""
+
+import asyncio
+import time
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flannelpy.errors import StoreError
+from flannelpy.model.address import parse_address
+from flannelpy.model.lease import Delta, Snapshot
+from flannelpy.store import Head, kube_client, kube_nodes
+from flannelpy.store.kube import KubeStore
+from flannelpy.store.kube_client import KubeClient, KubeError
+from flannelpy.store.kube_config import from_kubeconfig
+from tests.etcd_process import wait_until
+from tests.kube.api import StandIn
+from tests.kube.test_api import NOTHING, V4, Table, offer, run, store_of
+
+MANY = 40
+
+
+def filled(api: StandIn) -> StandIn:
+    api.do("many", {"first": 0, "count": MANY, "padding": 0})
+    api.add_node("n1", ("10.244.1.0/24",))
+    return api
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"how": "status", "code": 401}, "answers 401 to our get (our token or certificate is not accepted"),
+        (
+            {"how": "status", "code": 403, "message": "no\nrights"},
+            "apply the ClusterRole of the manifest, and its binding): no rights",
+        ),
+        ({"how": "status", "code": 409}, "answers 409"),
+        ({"how": "status", "code": 429, "headers": {"Retry-After": "3"}}, "too much to do"),
+        ({"how": "status", "code": 500}, "answers 500"),
+        ({"how": "html"}, "answers 'text/html' instead of JSON"),
+        ({"how": "html", "code": 502}, "answers 502"),
+        ({"how": "hang"}, "it stopped answering"),
+    ],
+)
+def test_one_clear_line_for_each_trouble(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr(kube_client, "_SECONDS", 0.5)
+    stand_in.add_node("n1", ("10.244.1.0/24",))
+    stand_in.do("answers", [{"verb": "*", "count": 2, **fault}])
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        with pytest.raises(KubeError) as caught:
+            await store.acquire(V4, offer(1), NOTHING)
+        assert caught.value.transient
+        assert words in str(caught.value)
+        assert stand_in.url in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert caught.value.retry_after == (3 if "429" in str(caught.value) else 0)
+        stand_in.do("answers", [])
+        assert (await store.acquire(V4, offer(1), NOTHING)).key == "n1"
+        await store.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("verb", ["list", "watch"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"how": "status", "code": 429, "headers": {"Retry-After": "1"}},
+        {"how": "status", "code": 500},
+        {"how": "html"},
+        {"how": "garbage"},
+    ],
+    ids=["429", "500", "html", "garbage"],
+)
+def test_a_watch_goes_on_after_trouble(stand_in: StandIn, verb: str, fault: dict[str, Any]) -> None:
+    filled(stand_in)
+
+    async def scenario() -> None:
+        troubles: list[str | None] = []
+        store = store_of(stand_in, "n1", troubles)
+        if verb == "watch":
+            await store.acquire(V4, offer(1), NOTHING)
+        else:
+            store._nodes.families = kube_nodes.Families(ipv4=True, ipv6=False)
+        stand_in.do("answers", [{"verb": verb, "count": 2, **fault}])
+        began = time.monotonic()
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            await table.until(lambda t: len(t.leases) >= MANY)
+            stand_in.delete_node("big-00003")
+            await table.until(lambda t: "big-00003" not in t.leases)
+        assert troubles[-1] is None
+        assert any(troubles)
+        if "headers" in fault:
+            assert time.monotonic() - began > 2, "Retry-After, twice"
+        await store.close()
+
+    run(scenario)
+
+
+def test_a_token_that_rotates(stand_in: StandIn, tmp_path: Path) -> None:
+    filled(stand_in)
+    token = tmp_path / "token"
+    token.write_text("one")
+
+    async def scenario() -> None:
+        troubles: list[str | None] = []
+        store = store_of(stand_in, "n1", troubles, tokenFile=str(token))
+        stand_in.do("tokens", ["one"])
+        own = await store.acquire(V4, offer(1), NOTHING)
+        token.write_text("two")
+        stand_in.do("tokens", ["two"])
+        assert await store.renew(own) == own
+        stand_in.do("tokens", ["three"])
+        with pytest.raises(KubeError, match="401"):
+            await store.renew(own)
+        token.write_text("three")
+        assert await store.renew(own) == own
+        await store.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("how", ["event", "status"])
+def test_what_happened_is_known_no_more(stand_in: StandIn, how: str) -> None:
+    """Both forms of 410; what went and came meanwhile is in the Snapshot."""
+    filled(stand_in)
+    stand_in.do("options", {"gone_by": how, "silent": True})
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        await store.acquire(V4, offer(1), NOTHING)
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            await table.until(lambda t: len(t.seen) > 1)  # the watch stands
+            stand_in.delete_node("big-00003")
+            stand_in.do("many", {"first": MANY, "count": 1, "padding": 0})
+            stand_in.do("compact")
+            stand_in.do("options", {"silent": False})
+            stand_in.do("cut", "clean")
+            await table.until(lambda t: sum(isinstance(u, Snapshot) for u in t.seen) == 2)
+            assert "big-00003" not in table.leases
+            assert f"big-{MANY:05}" in table.leases
+            assert len(table.leases) == MANY + 1
+        await store.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("how", ["mid", "clean"])
+def test_a_watch_that_is_cut_goes_on_where_it_was(stand_in: StandIn, how: str) -> None:
+    filled(stand_in)
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        await store.acquire(V4, offer(1), NOTHING)
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            await table.until(lambda t: len(t.seen) > 1)
+            for number in range(3):
+                stand_in.do("cut", how)
+                stand_in.delete_node(f"big-{number:05}")
+                await table.until(lambda t, n=number: f"big-{n:05}" not in t.leases)  # type: ignore[misc]
+        assert sum(isinstance(update, Snapshot) for update in table.seen) == 1
+        assert stand_in.requests()["list"] == 1
+        await store.close()
+
+    run(scenario)
+
+
+def test_a_silent_watch_is_given_up(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection stands, and nothing comes, not even a bookmark."""
+    monkeypatch.setattr(kube_client, "_WATCH_SILENCE_SECONDS", 0.5)
+    filled(stand_in)
+    stand_in.do("options", {"silent": True})
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        await store.acquire(V4, offer(1), NOTHING)
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            await table.until(lambda t: len(t.seen) > 1)
+            stand_in.delete_node("big-00003")
+            stand_in.do("options", {"silent": False, "bookmark_seconds": 0.1})
+            stand_in.do("cut", "clean")
+            await table.until(lambda t: "big-00003" not in t.leases)
+        await store.close()
+
+    run(scenario)
+
+
+def test_an_api_server_that_is_stopped_is_not_stormed(stand_in: StandIn) -> None:
+    filled(stand_in)
+
+    async def scenario() -> None:
+        troubles: list[str | None] = []
+        store = store_of(stand_in, "n1", troubles)
+        await store.acquire(V4, offer(1), NOTHING)
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            await table.until(lambda t: len(t.seen) > 1)
+            before = store._client.requests["watch"]
+            stand_in.stop()
+            pending = asyncio.ensure_future(anext(source))
+            await asyncio.sleep(3)
+            assert store._client.requests["watch"] - before <= 10
+            assert troubles[-1] is not None
+            assert "connection refused" in troubles[-1]
+            pending.cancel()
+            await asyncio.wait([pending])
+        await store.close()
+        stand_in.start()
+
+    run(scenario)
+
+
+def test_pages(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server whose cache lags behind what we saw is asked for an exact list, in pages."""
+    monkeypatch.setattr(kube_nodes, "_PAGE", 7)
+    filled(stand_in)
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        store.remember(Head(0, 0, 10_000), {})
+        stand_in.do("answers", [])
+        await store.acquire(V4, offer(1), NOTHING)
+        async with aclosing(store.watch()) as source:
+            first = await anext(source)
+            assert isinstance(first, Snapshot)
+            assert len(first.leases) == MANY + 1
+            assert first.new_history, "the revision is lower than what was seen"
+        assert stand_in.requests()["list"] == 1 + -(-(MANY + 1) // 7)
+        await store.close()
+
+    run(scenario)
+
+
+def test_an_api_server_that_is_restored_begins_a_new_history(stand_in: StandIn) -> None:
+    filled(stand_in)
+    stand_in.do("save")
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        await store.acquire(V4, offer(1), NOTHING)
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            stand_in.do("many", {"first": MANY, "count": 1, "padding": 0})
+            stand_in.do("skip", 1000)
+            await table.until(lambda t: f"big-{MANY:05}" in t.leases)
+            await table.until(lambda t: t.seen[-1].revision > 1000)
+            stand_in.do("options", {"gone_by": "status"})
+            stand_in.do("restore")
+            stand_in.do("compact")
+            stand_in.do("answers", [{"verb": "watch", "how": "status", "code": 410}])
+            await table.until(lambda t: isinstance(t.seen[-1], Snapshot) and len(t.seen) > 1)
+            assert isinstance(table.seen[-1], Snapshot)
+            assert table.seen[-1].new_history
+        await store.close()
+
+    run(scenario)
+
+
+def test_most_peers_are_not_given_up_for_a_cache_that_lags(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listed once more, and exactly, before that is believed."""
+    filled(stand_in)
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        await store.acquire(V4, offer(1), NOTHING)
+        assert stand_in.requests()["list"] == 1
+        for number in range(MANY):
+            stand_in.delete_node(f"big-{number:05}")
+        snapshot = await store._nodes.read_all()
+        assert [lease.key for lease in snapshot.leases] == ["n1"]
+        assert stand_in.requests()["list"] == 3
+        await store.close()
+
+    run(scenario)
+
+
+def test_heartbeats_tell_nothing(stand_in: StandIn) -> None:
+    filled(stand_in)
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        await store.acquire(V4, offer(1), NOTHING)
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            await table.until(lambda t: len(t.seen) > 1)
+            seen = stand_in.do("heartbeats", MANY + 1)["revision"]
+            await table.until(lambda t: t.seen[-1].revision >= seen)
+            for update in table.seen[1:]:
+                assert isinstance(update, Delta)
+                assert not update.put
+        await store.close()
+
+    run(scenario)
+
+
+def test_hostile_nodes_hide_nobody(stand_in: StandIn) -> None:
+    filled(stand_in)
+    bad: dict[str, dict[str, str]] = {
+        "bad-json": {"backend_data": "{"},
+        "bad-deep": {"backend_data": "[" * 100_000},
+        "bad-ip": {"public_ip": "$(reboot)\n"},
+        "bad-type": {"backend_type": "x" * 10_000},
+    }
+    for name, annotations in bad.items():
+        stand_in.add_node(name, ("10.244.77.0/24",))
+        stand_in.annotate(name, **{"kube_subnet_manager": "true", "public_ip": "192.0.2.7", **annotations})
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        await store.acquire(V4, offer(1), NOTHING)
+        async with aclosing(store.watch()) as source:
+            first = await anext(source)
+            assert isinstance(first, Snapshot)
+            assert {key for key, _reason in first.unreadable} == set(bad)
+            assert all(len(reason) <= 200 for _key, reason in first.unreadable)
+            assert len(first.leases) == MANY + 1
+            table = Table(source)
+            stand_in.annotate("big-00005", backend_data="{")
+            stand_in.annotate("bad-json", backend_data="null")
+            await table.until(lambda t: "bad-json" in t.leases)
+            told = {key for update in table.seen for key, _reason in update.unreadable}
+            assert told == {"big-00005"}
+        await store.close()
+
+    run(scenario)
+
+
+def test_the_node_of_a_pod(stand_in: StandIn) -> None:
+    stand_in.add_node("n1", ("10.244.1.0/24",))
+    pod = {"metadata": {"name": "p"}, "spec": {"nodeName": "n1"}}
+    stand_in.call("POST", "/api/v1/namespaces/kube-flannel/pods", pod)
+
+    async def scenario(environ: dict[str, str]) -> str:
+        client = KubeClient(from_kubeconfig(stand_in.kubeconfig(), "", {}))
+        store = KubeStore(client, environ, "flannel.alpha.coreos.com", "/none", set_condition=True)
+        try:
+            return (await store.acquire(V4, offer(1), NOTHING)).key
+        finally:
+            await store.close()
+
+    found = asyncio.run(scenario({"POD_NAME": "p", "POD_NAMESPACE": "kube-flannel"}))
+    assert found == "n1"
+    for environ, words in (
+        ({}, "set NODE_NAME"),
+        ({"NODE_NAME": "../x"}, "must be the name of a Kubernetes node"),
+        ({"POD_NAME": "p/../q", "POD_NAMESPACE": "kube-flannel"}, "must be the names"),
+    ):
+        with pytest.raises(StoreError, match=words) as caught:
+            asyncio.run(scenario(environ))
+        assert not caught.value.transient
+
+
+def test_client_certificates_and_foreign_ones(tmp_path: Path) -> None:
+    server = StandIn(tmp_path / "api", client_ca=True)
+    try:
+        pair = server.authority.issue("client")
+        files = {"client-certificate": pair.certificate, "client-key": pair.key}
+
+        async def call(**known: Any) -> Any:
+            client = KubeClient(from_kubeconfig(server.kubeconfig(**known), "", {}))
+            try:
+                return await client.get("/api/v1/nodes")
+            finally:
+                await client.close()
+
+        assert asyncio.run(call(user=files))["kind"] == "NodeList"
+        with pytest.raises(KubeError, match=r"client certificate|closed|lost|reset"):
+            asyncio.run(call(user={}))
+        with pytest.raises(KubeError, match="its certificate is not accepted"):
+            asyncio.run(call(user=files, **{"certificate-authority": None}))
+        with pytest.raises(KubeError, match="its certificate is not accepted"):
+            asyncio.run(call(user=files, **{"tls-server-name": "other.example"}))
+    finally:
+        server.stop()
+
+
+def test_through_a_proxy(stand_in: StandIn) -> None:
+    asked: list[bytes] = []
+
+    async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        asked.append(head.split(b"\r\n")[0])
+        there_in, there_out = await asyncio.open_connection("127.0.0.1", stand_in.port)
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                sink.write(data)
+            sink.close()
+
+        await asyncio.gather(pump(reader, there_out), pump(there_in, writer), return_exceptions=True)
+
+    async def scenario() -> None:
+        proxy = await asyncio.start_server(tunnel, "127.0.0.1", 0)
+        port = proxy.sockets[0].getsockname()[1]
+        path = stand_in.kubeconfig(**{"proxy-url": f"http://127.0.0.1:{port}"})
+        client = KubeClient(from_kubeconfig(path, "", {}))
+        # The stand-in's control calls would block this loop; ours do not.
+        assert (await client.get("/api/v1/nodes"))["kind"] == "NodeList"
+        await client.close()
+        proxy.close()
+        await proxy.wait_closed()
+
+    run(scenario)
+    assert asked == [f"CONNECT 127.0.0.1:{stand_in.port} HTTP/1.1".encode()]
+
+
+def test_requests_are_limited(stand_in: StandIn) -> None:
+    async def scenario() -> float:
+        client = KubeClient(from_kubeconfig(stand_in.kubeconfig(), "", {}))
+        began = time.monotonic()
+        for _number in range(15):
+            await client.get("/api/v1/nodes")
+        await client.close()
+        return time.monotonic() - began
+
+    assert asyncio.run(scenario()) > 0.9
+
+
+def test_the_config_is_a_file(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By way of a link, as kubelet replaces the files of a ConfigMap."""
+    monkeypatch.setattr("flannelpy.store.kube._LOOK_SECONDS", 0.01)
+    link = tmp_path / "net-conf.json"
+
+    async def scenario() -> None:
+        client = KubeClient(from_kubeconfig(stand_in.kubeconfig(), "", {}))
+        store = KubeStore(client, {}, "flannel.alpha.coreos.com", str(link), set_condition=True)
+        async with asyncio.timeout(10), aclosing(store.watch_config()) as texts:
+            assert await anext(texts) is None
+            for number, text in enumerate(("one", "two")):
+                (tmp_path / str(number)).write_text(text)
+                (tmp_path / "new").symlink_to(tmp_path / str(number))
+                (tmp_path / "new").rename(link)
+                assert await anext(texts) == text
+            link.unlink()
+            assert await anext(texts) is None
+        await store.close()
+
+    run(scenario)
+
+
+def test_the_address_of_a_peer_is_followed(stand_in: StandIn) -> None:
+    filled(stand_in)
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        await store.acquire(V4, offer(1), NOTHING)
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            await table.until(lambda t: len(t.seen) > 1)
+            stand_in.annotate("big-00001", public_ip="198.51.100.1")
+            address = parse_address("198.51.100.1")
+            await table.until(lambda t: t.leases["big-00001"].attrs.public_ip == address)
+        await store.close()
+
+    run(scenario)
+    wait_until(lambda: stand_in.requests()["watch"] == 1, "one watch")
