@@ -122,8 +122,10 @@ class StandIn(ApiServer):
         self.start(port)
 
     def start(self, port: int = 0) -> None:
-        program = [sys.executable, "-m", "tests.kube.server", f"--address={self.address}", f"--port={port}",
-                   f"--certificate={self.pair.certificate}", f"--key={self.pair.key}", *self._flags]  # fmt: skip
+        program = [
+            *(sys.executable, "-m", "tests.kube.server", f"--address={self.address}", f"--port={port}"),
+            *(f"--certificate={self.pair.certificate}", f"--key={self.pair.key}", *self._flags),
+        ]
         self.process = subprocess.Popen(
             [*self._command, *program], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )

@@ -10,13 +10,13 @@ in pages), watches with bookmarks and time limits, merge and strategic merge pat
 import argparse
 import asyncio
 import base64
-import copy
 import json
 import ssl
 import sys
 from collections import Counter, deque
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -55,13 +55,20 @@ class Nodes:
         self.changed = asyncio.Event()
         self._pages: dict[str, tuple[int, list[Object]]] = {}
 
-    def note(self, kind: str, value: Object) -> None:
+    def note(self, kind: str, value: Object) -> Object:
+        """Write it -> the object as it is then. What was written before is never changed."""
         self.revision += 1
-        value["metadata"]["resourceVersion"] = str(self.revision)
-        self.history.append((self.revision, kind, copy.deepcopy(value)))
+        value = {**value, "metadata": {**value["metadata"], "resourceVersion": str(self.revision)}}
+        self.history.append((self.revision, kind, value))
         while len(self.history) > _HISTORY:
             self.compacted = self.history.popleft()[0]
         self.wake()
+        return value
+
+    def since(self, revision: int) -> list[tuple[int, str, Object]]:
+        """What happened after a revision; watchers are nearly always near the end."""
+        found = list(takewhile(lambda one: one[0] > revision, reversed(self.history)))
+        return found[::-1]
 
     def wake(self) -> None:
         self.changed.set()
@@ -80,22 +87,21 @@ class Nodes:
         value["metadata"] |= {"creationTimestamp": now, "uid": f"uid-{self.revision}"}
         value.setdefault("spec", {})
         value.setdefault("status", {})
-        self.objects[name] = value
-        self.note("ADDED", value)
-        return value
+        self.objects[name] = self.note("ADDED", value)
+        return self.objects[name]
 
     def delete(self, name: str) -> Object:
         value = self.get(name)
         del self.objects[name]
-        self.note("DELETED", value)
-        return value
+        return self.note("DELETED", value)
 
     def patch(self, name: str, change: Object, *, part: str, strategic: bool) -> Object:
         before = self.get(name)
-        change = copy.deepcopy(change)
-        wanted = change.get("metadata", {}).pop("resourceVersion", None)
+        metadata = dict(change.get("metadata") or {})
+        wanted = metadata.pop("resourceVersion", None)
         if wanted not in (None, before["metadata"]["resourceVersion"]):
             raise RefusalError(409, "Conflict", f'Operation cannot be fulfilled on nodes "{name}"')
+        change = {**change, "metadata": metadata}
         change.pop("spec" if part == "status" else "status", None)
         after: Object = merge(before, change, strategic=strategic)
         cidr = before["spec"].get("podCIDR")
@@ -104,9 +110,8 @@ class Nodes:
                 422, "Invalid", f'Node "{name}" is invalid: spec.podCIDR: Forbidden: may not be changed'
             )
         if after != before:
-            self.objects[name] = after
-            self.note("MODIFIED", after)
-        return after
+            self.objects[name] = self.note("MODIFIED", after)
+        return self.objects[name]
 
     def page(self, query: dict[str, str]) -> Object:
         limit = int(query.get("limit", 0))
@@ -125,7 +130,7 @@ class Nodes:
                 raise RefusalError(
                     504, "Timeout", message, details={"causes": causes, "retryAfterSeconds": 1}
                 )
-            at, objects = self.revision, [copy.deepcopy(self.objects[name]) for name in sorted(self.objects)]
+            at, objects = self.revision, [self.objects[name] for name in sorted(self.objects)]
             objects = [one for one in objects if selected(one, query)]
         metadata: Object = {"resourceVersion": str(at)}
         if limit and len(objects) > limit and not (revision and not token):  # a cache does not page
@@ -213,12 +218,12 @@ class Faults:
         self.nodes.wake()
 
     def _save(self, _value: Any) -> None:
-        self.saved = self.nodes.revision, copy.deepcopy(self.nodes.objects)
+        self.saved = self.nodes.revision, dict(self.nodes.objects)
 
     def _restore(self, _value: Any) -> None:
         """Back to the backup."""
         assert self.saved is not None
-        self.nodes.revision, self.nodes.objects = self.saved[0], copy.deepcopy(self.saved[1])
+        self.nodes.revision, self.nodes.objects = self.saved[0], dict(self.saved[1])
         self.nodes.history.clear()
         self._cut("clean")
 
@@ -400,6 +405,8 @@ class Api:
         cut = faults.cut
         while loop.time() < end:
             changed = nodes.changed
+            if send.writer.transport.is_closing():
+                raise ConnectionError
             if cut.is_set():
                 if faults.cut_how == "mid":
                     await send.raw(b'{"type":"MODIFIED","object":{"metadata":{"na')
@@ -410,7 +417,7 @@ class Api:
                 if position < nodes.compacted:
                     await send.event("ERROR", too_old.status)
                     break
-                for revision, kind, value in [one for one in nodes.history if one[0] > position]:
+                for revision, kind, value in nodes.since(position):
                     if selected(value, query):
                         await send.event(kind, value)
                     position = max(position, revision)

@@ -14,6 +14,7 @@ from flannelpy.model.lease import Delta, Snapshot
 from flannelpy.store import Head, kube_client, kube_nodes
 from flannelpy.store.kube import KubeStore
 from flannelpy.store.kube_client import KubeClient, KubeError
+from flannelpy.store.kube_codec import Families
 from flannelpy.store.kube_config import from_kubeconfig
 from tests.etcd_process import wait_until
 from tests.kube.api import StandIn
@@ -87,7 +88,7 @@ def test_a_watch_goes_on_after_trouble(stand_in: StandIn, verb: str, fault: dict
         if verb == "watch":
             await store.acquire(V4, offer(1), NOTHING)
         else:
-            store._nodes.families = kube_nodes.Families(ipv4=True, ipv6=False)
+            store._nodes.families = Families(ipv4=True, ipv6=False)
         stand_in.do("answers", [{"verb": verb, "count": 2, **fault}])
         began = time.monotonic()
         async with aclosing(store.watch()) as source:
@@ -388,6 +389,7 @@ def test_client_certificates_and_foreign_ones(tmp_path: Path) -> None:
 
 def test_through_a_proxy(stand_in: StandIn) -> None:
     asked: list[bytes] = []
+    ended = asyncio.Event()
 
     async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -396,20 +398,25 @@ def test_through_a_proxy(stand_in: StandIn) -> None:
         writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
 
         async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-            while data := await source.read(65536):
-                sink.write(data)
-            sink.close()
+            try:
+                while data := await source.read(65536):
+                    sink.write(data)
+            finally:
+                sink.close()
+                await sink.wait_closed()
 
         await asyncio.gather(pump(reader, there_out), pump(there_in, writer), return_exceptions=True)
+        ended.set()
 
     async def scenario() -> None:
         proxy = await asyncio.start_server(tunnel, "127.0.0.1", 0)
         port = proxy.sockets[0].getsockname()[1]
-        path = stand_in.kubeconfig(**{"proxy-url": f"http://127.0.0.1:{port}"})
+        cluster: dict[str, Any] = {"proxy-url": f"http://127.0.0.1:{port}"}
+        path = stand_in.kubeconfig(**cluster)
         client = KubeClient(from_kubeconfig(path, "", {}))
-        # The stand-in's control calls would block this loop; ours do not.
         assert (await client.get("/api/v1/nodes"))["kind"] == "NodeList"
         await client.close()
+        await ended.wait()
         proxy.close()
         await proxy.wait_closed()
 
