@@ -69,8 +69,11 @@ class KubeClient:
 
     async def close(self) -> None:
         """Let go of all connections."""
-        for connection in list(self._open):
+        connections = list(self._open)
+        for connection in connections:
             self._drop(connection)
+        for connection in connections:
+            await connection.closed()
 
     async def get(self, path: str) -> Any:
         """An object."""

@@ -5,6 +5,7 @@ import base64
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import h11
@@ -99,6 +100,11 @@ class Connection:
     def close(self) -> None:
         """Let go, without a word."""
         self._writer.transport.abort()
+
+    async def closed(self) -> None:
+        """Wait until nothing of it is left."""
+        with suppress(OSError):
+            await self._writer.wait_closed()
 
 
 async def connect(server: Server, context: ssl.SSLContext | None) -> Connection:

@@ -235,7 +235,7 @@ class Faults:
     def _heartbeats(self, value: Any) -> None:
         """Each node's status is written again, nothing else."""
         for name in list(self.nodes.objects)[:value]:
-            now = f"{self.nodes.revision}"
+            now = datetime.fromtimestamp(self.nodes.revision, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             change = {
                 "status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": now}]}
             }
@@ -405,8 +405,6 @@ class Api:
         cut = faults.cut
         while loop.time() < end:
             changed = nodes.changed
-            if send.writer.transport.is_closing():
-                raise ConnectionError
             if cut.is_set():
                 if faults.cut_how == "mid":
                     await send.raw(b'{"type":"MODIFIED","object":{"metadata":{"na')
@@ -486,6 +484,8 @@ class Sender:
         return True
 
     def _put(self, event: Any) -> None:
+        if self.writer.transport.is_closing():
+            raise ConnectionError
         self.writer.write(self.http.send(event) or b"")
 
 

@@ -4,9 +4,11 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from flannelpy.errors import StoreError
 from flannelpy.model.address import parse_address, parse_prefix
@@ -14,7 +16,7 @@ from flannelpy.model.config import parse_config
 from flannelpy.model.lease import Delta, Lease, LeaseAttrs, Snapshot
 from flannelpy.model.subnet import Previous
 from flannelpy.store.kube import KubeStore
-from flannelpy.store.kube_client import KubeClient
+from flannelpy.store.kube_client import KubeClient, KubeError, node_path
 from flannelpy.store.kube_config import from_kubeconfig
 from tests.kube.api import PREFIX, ApiServer
 
@@ -260,3 +262,46 @@ def test_the_mac_is_remembered(api: ApiServer) -> None:
         assert seen == [(data, ["n2"])]
 
     run(scenario)
+
+
+def test_the_rights_of_the_manifest_are_enough_and_no_more(real_api: ApiServer) -> None:
+    """As the service account of deploy/kubernetes/flannelpy.yml, by the token that a pod gets."""
+    manifest = Path(__file__).parents[2] / "deploy/kubernetes/flannelpy.yml"
+    kinds = {one["kind"]: one for one in yaml.safe_load_all(manifest.read_text()) if one}
+    rbac, account = "/apis/rbac.authorization.k8s.io/v1", "/api/v1/namespaces/kube-flannel/serviceaccounts"
+    real_api.call("POST", "/api/v1/namespaces", kinds["Namespace"])
+    real_api.call("POST", account, kinds["ServiceAccount"])
+    real_api.call("POST", f"{rbac}/clusterroles", kinds["ClusterRole"])
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    token = real_api.call("POST", f"{account}/flannel/token", request)["status"]["token"]
+    real_api.add_node("n1")
+    events = len(real_api.events())
+
+    async def scenario() -> None:
+        store = store_of(real_api, "n1", token=token)
+        with pytest.raises(KubeError, match=r"403 to our get .our account may not do that"):
+            await store.acquire(V4, offer(1), NOTHING)
+        real_api.call("POST", f"{rbac}/clusterrolebindings", kinds["ClusterRoleBinding"])
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    await store.acquire(V4, offer(1), NOTHING)
+                except KubeError:  # the authorizer has not seen it yet
+                    await asyncio.sleep(0.1)
+                except StoreError:  # no podCIDR
+                    break
+        assert len(real_api.events()) == events + 1
+        spec = {"spec": {"podCIDR": "10.244.7.0/24", "podCIDRs": ["10.244.7.0/24"]}}
+        with pytest.raises(KubeError, match="403"):
+            await store._client.patch(node_path("n1"), spec)
+        real_api.patch("n1", spec)
+        await store.acquire(V4, offer(1), NOTHING)
+        await store.tell_up()
+        assert real_api.condition("n1") == ("False", "FlannelIsUp")
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            await table.until(lambda t: len(t.seen) > 1)
+        await store.close()
+
+    run(scenario)
+    real_api.delete_node("n1")
