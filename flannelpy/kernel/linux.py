@@ -23,7 +23,7 @@ from flannelpy.kernel.neighbours import observe_neighbours
 from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
 from flannelpy.kernel.nexthop import Nexthops, RouteKey, Way
 from flannelpy.kernel.replies import RouteInfo
-from flannelpy.kernel.routes import main_routes, routes_elsewhere
+from flannelpy.kernel.routes import main_routes, route_rows, routes_elsewhere
 from flannelpy.model.address import Address, Prefix
 from flannelpy.model.kernel import (
     BLACKHOLE,
@@ -248,7 +248,7 @@ class LinuxKernel:
         """
         by_number, name, usual = self._nexthops.by_number, names[index], replies.usual_route(index)
         for family in (codec.AF_INET, codec.AF_INET6):
-            for row in self._netlink.rows(codec.route_dump(family, index=index), replies.ROUTES):
+            for row in route_rows(self._netlink, family, index=index):
                 through = by_number.get(row[replies.ROUTE_NEXTHOP])
                 if through is not None and replies.what_is_usual(row) == usual:
                     length, metric, number, address = replies.pick_usual(row)

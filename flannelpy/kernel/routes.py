@@ -1,11 +1,26 @@
 """The routes of the main table, read with as little as is asked for: a host may have a million of others."""
 
+import errno
 from collections.abc import Collection
 
 from flannelpy.kernel import codec, replies
-from flannelpy.kernel.netlink import NetlinkSocket
+from flannelpy.kernel.netlink import NetlinkError, NetlinkSocket
 from flannelpy.kernel.replies import RouteInfo
+from flannelpy.kernel.table import Row
 from flannelpy.model.kernel import PROTOCOL_BOOT, ROUTE_PROTOCOL, Scope
+
+
+def route_rows(netlink: NetlinkSocket, family: int, *, index: int = 0, protocol: int = 0) -> list[Row]:
+    """The main table's rows of one family, by device or by protocol.
+
+    The kernel makes the IPv4 table with the first route in it; before that it says ENOENT.
+    """
+    try:
+        return netlink.rows(codec.route_dump(family, index=index, protocol=protocol), replies.ROUTES)
+    except NetlinkError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return []
 
 
 def main_routes(
@@ -18,8 +33,7 @@ def main_routes(
     """The main table, of one protocol, and without the routes on some devices."""
     found = []
     for family in (codec.AF_INET, codec.AF_INET6):
-        request = codec.route_dump(family, protocol=protocol)
-        for row in netlink.rows(request, replies.ROUTES):
+        for row in route_rows(netlink, family, protocol=protocol):
             # Do not make values of thousands of routes for one.
             if (default_only and row[replies.ROUTE_LENGTH]) or row[replies.ROUTE_DEVICE] in skip:
                 continue

@@ -46,22 +46,28 @@ def run(*command: str) -> str:
 
 
 @pytest.fixture
-def namespace() -> Iterator[str]:
-    """A fresh network namespace with an uplink; this thread is in it."""
+def bare_namespace() -> Iterator[str]:
+    """A network namespace as the kernel makes it; this thread is in it."""
     name = f"fpk{os.getpid()}"
     run("ip", "netns", "add", name)
     with Path("/proc/self/ns/net").open("rb") as home, Path(f"/run/netns/{name}").open("rb") as new:
         setns(new.fileno())
         try:
-            run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "far")
-            for device in ("lo", "eth0", "far"):
-                run("ip", "link", "set", device, "up")
-            run("ip", "address", "add", "192.0.2.1/24", "dev", "eth0")
-            run("ip", "address", "add", "2001:db8::1/64", "dev", "eth0", "nodad")
             yield name
         finally:
             setns(home.fileno())
             run("ip", "netns", "delete", name)
+
+
+@pytest.fixture
+def namespace(bare_namespace: str) -> str:
+    """The same with an uplink."""
+    run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "far")
+    for device in ("lo", "eth0", "far"):
+        run("ip", "link", "set", device, "up")
+    run("ip", "address", "add", "192.0.2.1/24", "dev", "eth0")
+    run("ip", "address", "add", "2001:db8::1/64", "dev", "eth0", "nodad")
+    return bare_namespace
 
 
 def setns(descriptor: int) -> None:
@@ -281,6 +287,23 @@ def test_nexthops_and_routes_of_others_are_never_used_replaced_or_removed(linux:
 def test_a_table_of_a_device_that_is_gone_is_an_error_not_an_empty_table(linux: LinuxKernel) -> None:
     with pytest.raises(OSError, match="No such device"):
         linux._netlink.rows(codec.route_dump(codec.AF_INET, index=99999), replies.ROUTES)
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("bare_namespace")
+def test_a_namespace_that_never_had_a_route_has_none() -> None:
+    """The kernel makes the main table with its first route, and says ENOENT before."""
+    kernel = LinuxKernel()
+    try:
+        assert not any(kernel.observe(SCOPE).items())
+        takeover = SCOPE._replace(takeover=NETWORKS, takeover_lengths=(24,))
+        assert not any(kernel.observe(takeover).items())
+        run("ip link add eth0 type veth peer name far")
+        run("ip link set eth0 up")
+        run("ip address add 192.0.2.1/32 dev eth0")  # an address of this kind makes no route
+        settle(kernel, State([device(), DeviceAddress("flannel.1", parse_prefix("10.5.1.0/32"))]))
+    finally:
+        kernel.close()
 
 
 @pytest.mark.root
