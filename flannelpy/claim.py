@@ -8,7 +8,7 @@ the two never fight: the one that booted later gives way.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
 from random import Random
@@ -21,7 +21,7 @@ from flannelpy.model.address import format_address
 from flannelpy.model.config import ConfigError, NetworkConfig, parse_config
 from flannelpy.model.config_change import compare
 from flannelpy.model.identity import Identity
-from flannelpy.model.lease import Lease, LeaseUpdate, Snapshot, same_node
+from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot, same_node
 from flannelpy.model.subnet import Previous
 from flannelpy.store import TTL_SECONDS, Offer, Running, Store
 
@@ -84,6 +84,9 @@ class Claim:
         """Our record as somebody else wrote it last."""
         self._lost = False
         """Our record was deleted, or a whole listing came without it or with an older one."""
+        self._is_claiming = False
+        self._meanwhile: dict[str, Lease | int] = {}
+        """While a lease is claimed: key -> what was written there last, or the revision of its deletion."""
         self._new_history = False
         self._began = 0
         """The revision at which we met the present history."""
@@ -139,6 +142,9 @@ class Claim:
                 self.confirm()
         elif own.key in update.gone and update.revision > own.revision:
             self._lost = True
+        if self._is_claiming and isinstance(update, Delta):
+            self._meanwhile.update((lease.key, lease) for lease in update.put)
+            self._meanwhile.update(dict.fromkeys(update.gone, update.revision))
         # Our own writes come back, too, perhaps before their answer: `keep` compares again.
         self._theirs = theirs or self._theirs
         if self._is_changed():
@@ -296,12 +302,17 @@ class Claim:
             )
         self._previous = Previous(self._config.network, lost.subnet, self._config.network6, lost.subnet6)
         self._unpublished = self._lost = False
-        own = await self._ask(partial(self._acquire_again, lost), "take our lease back")
+        self._is_claiming = True
+        try:
+            own = await self._ask(partial(self._acquire_again, lost), "take our lease back")
+        finally:
+            self._is_claiming, meanwhile, self._meanwhile = False, self._meanwhile, {}
         if self._gave_way:
             self._gave_way = False
             self._health.conflict = None
             log.warning("the other machine with our public IP is gone: our lease is ours again")
         self._note_written(own)
+        self._look_back(own, meanwhile)
         if own.subnets() != lost.subnets():
             log.error(
                 "our subnet changed from %s to %s: another node has the old one now; restart Docker, or the"
@@ -310,6 +321,16 @@ class Claim:
                 own.key,
             )
         self._telling.moved(own)
+
+    def _look_back(self, own: Lease, meanwhile: Mapping[str, Lease | int]) -> None:
+        """What happened to our new record before its answer came: nobody looked at that key then."""
+        last = meanwhile.get(own.key)
+        if isinstance(last, int):
+            self._lost = self._lost or last > own.revision
+        elif last is not None and last.revision > own.revision:
+            self._theirs = last
+        if self._is_changed():
+            self._wake.set()
 
     async def _acquire_again(self, lost: Lease) -> Lease:
         """One attempt: since the last one the store may have begun another history."""

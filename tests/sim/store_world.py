@@ -371,6 +371,8 @@ class StoreWorld(World):
             return  # restored from a backup with higher revisions: by all that can be known it is newer
         if not self._is_inside(lease):
             return  # that one was
+        if self._is_reserved_elsewhere(lease):
+            return  # two places for one MAC, and a reservation stays: only an operator can end that
         at = self.withdrawals.told[peer].at
         if store is not None and self.began <= at <= store.met and self.loop.time() < store.doubts:
             return  # it looks like what a backup holds, until it is repeated
@@ -380,6 +382,17 @@ class StoreWorld(World):
             and not self._is_claimed_since(peer, lease)
         ):
             self.violation(f"{member} withdraws {peer}, which lives with {lease.key}: {op}")
+
+    def _is_reserved_elsewhere(self, lease: Lease) -> bool:
+        """Whether a reservation has its MAC under an address that it had once."""
+        there = [read_lease(record) for record in self.data.records.values() if record.etcd_lease_id == 0]
+        data = (lease.attrs.backend_data, lease.attrs.backend_v6_data)
+        return any(
+            one.key != lease.key
+            and (one.attrs.backend_data, one.attrs.backend_v6_data) == data != (None, None)
+            and not same_node(one.attrs, lease.attrs)
+            for one in there
+        )
 
     def _is_claimed_since(self, peer: Member, lease: Lease) -> bool:
         """Whether a newcomer, who could not know better, was given its subnet in the present history.

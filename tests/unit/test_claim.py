@@ -154,6 +154,35 @@ def test_a_loss_is_taken_back_once(loss: LeaseUpdate) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_what_happens_to_a_new_record_before_its_answer_comes_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, *, is_deleted: bool
+) -> None:
+    monkeypatch.setattr(module, "_RECLAIM_SECONDS", (0.05, 0.05))
+    elsewhere = lease("10.5.9.0/24", "192.0.2.1", mac="02:00:00:00:00:01")
+
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        async def acquire(*_words: object) -> Lease:
+            store.acquired += 1
+            written = store._write(elsewhere)
+            if store.acquired == 2:
+                store.revision += 1
+                theirs = written._replace(revision=store.revision, etcd_lease_id=0)
+                claim.notice(Delta((), (elsewhere.key,), store.revision) if is_deleted
+                             else Delta((theirs,), (), store.revision))  # fmt: skip
+            return written
+
+        store.acquire = acquire  # type: ignore[assignment]
+        store.ours = False
+        claim.notice(Delta((), (OWN.key,), 50))
+        await until(lambda: store.acquired == 3)
+        await asyncio.sleep(0.2)
+        assert store.acquired == 3
+        assert [one.key for one in moved] == [elsewhere.key] * 2
+
+    run(test)
+
+
 def test_an_unreadable_record_of_ours_in_a_listing_is_no_loss() -> None:
     async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
         claim.notice(Snapshot((), 50, ((OWN.key, "not JSON"),)))
