@@ -235,6 +235,8 @@ def test_a_killed_daemon_is_back_in_seconds_and_nobody_notices(hosts: Hosts) -> 
 
 
 def test_a_daemon_that_hangs_is_started_anew_by_the_watchdog(hosts: Hosts) -> None:
+    if hosts.kind == "virtual machine":
+        pytest.skip("in an emulator seconds are too short for a watchdog: see the containers")
     host = hosts.second
     folder = "/run/systemd/system/flannelpy.service.d"
     lines = "[Service]\\nWatchdogSec=4\\nTimeoutAbortSec=2\\n"
