@@ -87,7 +87,9 @@ def test_the_layer_at_fault_is_named_and_the_end_of_it(lab: Lab) -> None:
     for node, layer in zip(others, faults, strict=True):
         key = node.subnet_env()["FLANNEL_SUBNET"].replace(".1/", ".0-")
         assert len(re.findall(rf"peer {key} .* is not reached \(all\): {layer}: ", text)) == 1, text
-        assert len(re.findall(rf"peer {key} .* is reached again", text)) == 1, text
+    # Five are named in a round, more are counted.
+    more = sum(int(count) for count in re.findall(r"and (\d+) more peers that are reached or not", text))
+    assert len(re.findall("is reached again", text)) + more == len(faults), text
 
 
 def test_a_card_that_makes_wrong_sums_is_named(lab: Lab) -> None:

@@ -256,7 +256,7 @@ def furnish(member: Member) -> None:
         Route(parse_prefix("10.5.1.128/25"), "eth1", gateway, protocol=3),
         Route(parse_prefix("10.5.2.0/24"), "eth1", gateway, protocol=4, metric=500),
         Route(parse_prefix("10.6.2.0/24"), "eth1", gateway),
-        Route(parse_prefix("fd00:5:0:ffff::/64"), "eth1", None, protocol=4, metric=1024),
+        Route(parse_prefix("fd00:5:0:ffff:8000::/65"), "eth1", None, protocol=4, metric=1024),
         Route(parse_prefix("10.5.252.0/24"), "eth0", gateway, protocol=4),
         Route(parse_prefix("203.0.113.0/24"), "eth0", gateway, protocol=3),
     )
