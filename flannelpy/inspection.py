@@ -134,7 +134,12 @@ def echo(target: Address, size: int = 84) -> float | None:
 
 
 def read_store(known: Settings) -> Store:
-    """Everything in it about the network, and how its members are."""
+    """Everything in it about the network, and how its members are.
+
+    A Kubernetes API server is not asked: what the daemon has saved must do.
+    """
+    if known.kube_subnet_mgr:
+        return Store("Kubernetes", known.net_config_path, None, False, None, (), None)
     from flannelpy.store import etcd_health  # slow, and not needed to refuse a wrong command line
     from flannelpy.store.etcd_endpoint import Tls
 
@@ -159,6 +164,8 @@ def read_store(known: Settings) -> Store:
 
 async def _census(known: Settings) -> tuple[Census | None, float | None, str | None, bool]:
     """(what etcd holds, seconds of one read, why it cannot be read, whether it refuses us)."""
+    if known.kube_subnet_mgr:
+        return None, None, None, False
     from flannelpy.daemon import administration
     from flannelpy.store.etcd_client import RefusedError
 
@@ -260,13 +267,13 @@ def _compared(known: Settings, kernel: LinuxKernel, overlay: Overlay, previous: 
     observed = kernel.observe(scope)
     asked = {ip for one in overlay.leases for ip in (one.attrs.public_ip, one.attrs.public_ipv6) if ip}
     on_link = kernel.on_link(asked, uplink.name) if backend.wants_on_link else frozenset()
-    hosts = start.literal_hosts(known.etcd_endpoints)
+    hosts = () if known.kube_subnet_mgr else start.literal_hosts(known.etcd_endpoints)
     facts = BackendFacts(
         uplink,
         observed.links,
         protected_blocks(uplink, interfaces, hosts),
         on_link,
-        f"{known.etcd_prefix}|{start.machine_id()}",
+        f"{start.origin(known).prefix}|{start.machine_id()}",
     )
     overlay = overlay._replace(facts=facts, observed=observed)
     ops, refused = checks.differences(overlay, observed, blackhole=known.ip_blackhole_route)

@@ -34,6 +34,9 @@ usage: flannelpy [--flag=value ...]     run the daemon
       etcdctl put /coreos.com/network/config '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}'
       flannelpy --etcd-endpoints=http://10.0.0.2:2379,http://10.0.0.3:2379
 
+  On a Kubernetes node take the podCIDR instead; in a pod nothing else is needed (NODE_NAME is set):
+      NODE_NAME=node1 flannelpy --kube-subnet-mgr --kubeconfig-file=/etc/kubernetes/flannelpy.conf
+
   Choose the interface, and set the rest by the environment:
       FLANNELD_ETCD_PREFIX=/prod/network flannelpy --iface=eth1 --iface=10.0.0.7 --v=1
 

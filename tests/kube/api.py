@@ -4,7 +4,6 @@ import http.client
 import json
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.certificates import Authority
-from tests.etcd_process import EtcdProcess
+from tests.etcd_process import free_port
 
 ROOT = Path(__file__).parents[2]
 KUBE_APISERVER = os.environ.get("KUBE_APISERVER") or shutil.which("kube-apiserver")
@@ -147,21 +146,25 @@ class StandIn(ApiServer):
 
 
 class RealApi(ApiServer):
-    """A kube-apiserver with an etcd of its own."""
+    """A kube-apiserver on an empty etcd."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(
+        self,
+        folder: Path,
+        etcd: str,
+        address: str = "127.0.0.1",
+        port: int = 0,
+        command: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(folder, address)
         assert KUBE_APISERVER is not None
-        self._etcd = EtcdProcess(folder / "etcd")
-        self._etcd.start()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = port or free_port()
         (folder / "tokens.csv").write_text(f"{TOKEN},admin,admin,system:masters\n")
         self._log = (folder / "apiserver.log").open("wb")
         self._process = subprocess.Popen(
-            [KUBE_APISERVER, f"--etcd-servers={self._etcd.endpoint}", "--bind-address=127.0.0.1",
-             f"--secure-port={self.port}", "--advertise-address=127.0.0.1", "--endpoint-reconciler-type=none",
+            [*command, KUBE_APISERVER, f"--etcd-servers={etcd}", f"--bind-address={address}",
+             f"--secure-port={self.port}", f"--advertise-address={address}",
+             "--endpoint-reconciler-type=none",
              f"--tls-cert-file={self.pair.certificate}", f"--tls-private-key-file={self.pair.key}",
              "--service-account-issuer=https://test.example",
              f"--service-account-key-file={self.pair.certificate}",
@@ -187,4 +190,3 @@ class RealApi(ApiServer):
         self._process.kill()
         self._process.wait()
         self._log.close()
-        self._etcd.kill()

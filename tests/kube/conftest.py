@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.etcd_process import ETCD
+from tests.etcd_process import ETCD, EtcdProcess
 from tests.kube.api import KUBE_APISERVER, ApiServer, RealApi, StandIn
 
 
@@ -27,9 +27,13 @@ def shared_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandI
 def real_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealApi]:
     if KUBE_APISERVER is None or ETCD is None:
         pytest.skip("needs a kube-apiserver (KUBE_APISERVER, or on PATH) and etcd")
-    server = RealApi(tmp_path_factory.mktemp("real-api"))
+    folder = tmp_path_factory.mktemp("real-api")
+    etcd = EtcdProcess(folder / "etcd")
+    etcd.start()
+    server = RealApi(folder / "api", etcd.endpoint)
     yield server
     server.stop()
+    etcd.kill()
 
 
 @pytest.fixture(params=["stand-in", "real"])

@@ -11,39 +11,55 @@ from typing import Any
 
 from flannelpy.cli.lab import GATEWAY, Lab, Node
 from flannelpy.cli.processes import Process, inside
-from tests.kube.api import StandIn
+from tests.kube.api import ApiServer, RealApi, StandIn
 
 NETWORK = "10.244.0.0/16"
 OURS = (sys.executable, "-m", "flannelpy")
 
 
-class KubeApi(StandIn):
+class Inside(ApiServer):
     """In the underlay's namespace: each call is made by a thread that has entered it."""
 
-    def __init__(self, lab: Lab) -> None:
-        self._netns = f"/run/netns/{lab.underlay}"
-        super().__init__(lab.folder / "api", str(GATEWAY), command=tuple(inside(lab.underlay)), port=6443)
+    netns = ""
 
     def call(self, method: str, path: str, body: Any = None, kind: str = "application/json") -> Any:
         def there() -> Any:
-            descriptor = os.open(self._netns, os.O_RDONLY)
+            descriptor = os.open(self.netns, os.O_RDONLY)
             try:
                 if ctypes.CDLL(None, use_errno=True).setns(descriptor, 0x40000000):
                     raise OSError(ctypes.get_errno(), "setns")
             finally:
                 os.close(descriptor)
-            return StandIn.call(self, method, path, body, kind)
+            return super(Inside, self).call(method, path, body, kind)
 
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(there).result()
 
 
+class KubeApi(Inside, StandIn):
+    """The stand-in."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.netns = f"/run/netns/{lab.underlay}"
+        super().__init__(lab.folder / "api", str(GATEWAY), command=tuple(inside(lab.underlay)), port=6443)
+
+
+class RealKubeApi(Inside, RealApi):
+    """A real kube-apiserver, on the lab's etcd."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.netns = f"/run/netns/{lab.underlay}"
+        lab.start_etcd()
+        command = tuple(inside(lab.underlay))
+        RealApi.__init__(self, lab.folder / "api", lab.etcd_url, str(GATEWAY), 6443, command)
+
+
 class Cluster:
     """A lab, its API server, and what a kubelet and a controller manager do to nodes."""
 
-    def __init__(self, lab: Lab, config: dict[str, Any]) -> None:
+    def __init__(self, lab: Lab, config: dict[str, Any], api: ApiServer) -> None:
         self.lab = lab
-        self.api = KubeApi(lab)
+        self.api = api
         self.config = Path(lab.folder, "net-conf.json")
         self.config.write_text(json.dumps(config))
         self.kubeconfig = self.api.kubeconfig()

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from flannelpy.cli.lab import Lab
-from flannelpy.cli.processes import stop, wait_ready, wait_until
-from tests.netns.kube import NETWORK, OURS, Cluster
+from flannelpy.cli.processes import run, stop, wait_ready, wait_until
+from tests.kube.api import KUBE_APISERVER, StandIn
+from tests.netns.kube import NETWORK, OURS, Cluster, KubeApi, RealKubeApi
 from tests.netns.nodes import log_of, routes, wait_for_log
 from tests.netns.test_cni import PLUGINS, Kubelet, assert_all_reach_all, assert_none_lost, flow
 
@@ -24,13 +25,17 @@ pytestmark = [
     ),
 ]
 
+needs_real = pytest.mark.skipif(KUBE_APISERVER is None, reason="neither KUBE_APISERVER nor PATH has one")
+
 
 @pytest.fixture
 def make_cluster(make_lab: Callable[..., Lab]) -> Iterator[Callable[..., Cluster]]:
     made: list[Cluster] = []
 
-    def make(backend: str = "vxlan", **more: Any) -> Cluster:
-        made.append(Cluster(make_lab(), {"Network": NETWORK, "Backend": {"Type": backend}} | more))
+    def make(backend: str = "vxlan", *, real: bool = False, **more: Any) -> Cluster:
+        lab = make_lab()
+        api = RealKubeApi(lab) if real else KubeApi(lab)
+        made.append(Cluster(lab, {"Network": NETWORK, "Backend": {"Type": backend}} | more, api))
         return made[-1]
 
     yield make
@@ -38,12 +43,15 @@ def make_cluster(make_lab: Callable[..., Lab]) -> Iterator[Callable[..., Cluster
         cluster.api.stop()
 
 
-@pytest.mark.parametrize("backend", ["vxlan", "host-gw", "udp"])
+@pytest.mark.parametrize(
+    ("backend", "real"),
+    [("vxlan", False), ("host-gw", False), ("udp", False), pytest.param("vxlan", True, marks=needs_real)],
+)
 def test_pods_of_all_nodes_reach_each_other_and_daemons_may_be_restarted(
-    make_cluster: Callable[..., Cluster], backend: str
+    make_cluster: Callable[..., Cluster], backend: str, real: bool
 ) -> None:
     """Two pods on each of three nodes; then every daemon is restarted, one by one, while packets flow."""
-    cluster = make_cluster(backend)
+    cluster = make_cluster(backend, real=real)
     lab = cluster.lab
     for _number in range(3):
         cluster.add_node()
@@ -89,10 +97,29 @@ def test_a_node_waits_for_its_pod_cidr_and_says_so_everywhere(make_cluster: Call
     wait_until(lambda: cluster.api.condition(node.name) == ("False", "FlannelIsUp"), "the condition")
 
 
+def test_the_commands_of_a_node(make_cluster: Callable[..., Cluster]) -> None:
+    cluster = make_cluster()
+    one, two = cluster.add_node(), cluster.add_node()
+    wait_ready([cluster.start(two)])
+    wait_ready([cluster.start(one)])
+    wait_until(lambda: list((one.folder / "state").glob("*.json")), "the copy of what is known")
+    status = run(*OURS, "status", f"--subnet-file={one.subnet_file}", "--peers", netns=one.netns)
+    assert "10.244.2.0/24  192.168.77.2  programmed" in status
+    doctor = run(
+        *("env", f"FLANNELD_STATE_DIR={one.folder / 'state'}", *OURS, "doctor", "--output=json"),
+        f"--subnet-file={one.subnet_file}",
+        netns=one.netns,
+    )
+    found = json.loads(doctor)
+    assert [one for one in found["findings"] if one["severity"] == "error"] == []
+    assert found["looked_at"]["lease"] == "node1"
+
+
 def test_nodes_come_and_go_while_the_api_server_is_in_trouble(make_cluster: Callable[..., Cluster]) -> None:
     """Cut watches, a compacted history, an outage, a start without the API server, another config."""
     cluster = make_cluster(Network="10.0.0.0/8")
     lab, api = cluster.lab, cluster.api
+    assert isinstance(api, StandIn)
     one, two = cluster.add_node(), cluster.add_node()
     wait_ready([cluster.start(one), cluster.start(two)])
     assert one.daemon is not None
