@@ -97,6 +97,39 @@ def test_a_node_waits_for_its_pod_cidr_and_says_so_everywhere(make_cluster: Call
     wait_until(lambda: cluster.api.condition(node.name) == ("False", "FlannelIsUp"), "the condition")
 
 
+def test_hostile_nodes_disturb_nobody(make_cluster: Callable[..., Cluster]) -> None:
+    """Whoever may write a Node object may lie about itself, and only about itself."""
+    cluster = make_cluster()
+    lab, api = cluster.lab, cluster.api
+    one, two = cluster.add_node(), cluster.add_node()
+    wait_ready([cluster.start(one), cluster.start(two)])
+    pods = [Kubelet(lab, node).add("pod") for node in lab.nodes]
+    assert_all_reach_all(lab, pods)
+    assert one.daemon is not None
+    vtep = '{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}'
+    for name, cidr, address, data, words in (
+        (
+            "bad-vni",
+            "10.244.50.0/24",
+            "192.168.77.50",
+            '{"VNI":7,"VtepMAC":"02:00:00:00:00:98"}',
+            "its VNI is 7",
+        ),
+        ("bad-data", "10.244.51.0/24", "192.168.77.51", '"; reboot"', "lease bad-data is not programmed"),
+        ("bad-json", "10.244.52.0/24", "192.168.77.52", "{", "lease bad-json is unreadable"),
+        ("outside", "10.9.0.0/24", "192.168.77.53", vtep, "its subnet 10.9.0.0/24 is not inside the network"),
+        ("overlaps", "10.244.1.128/25", "192.168.77.54", vtep, "lease overlaps is not programmed"),
+        ("loopback", "10.244.55.0/24", "127.0.0.1", vtep, "lease loopback is not programmed"),
+    ):
+        api.add_node(name, (cidr,))
+        api.annotate(
+            name, kube_subnet_manager="true", backend_type="vxlan", public_ip=address, backend_data=data
+        )
+        wait_for_log(one.daemon, words)
+    assert routes(lab, one) == 1
+    assert_all_reach_all(lab, pods)
+
+
 def test_the_commands_of_a_node(make_cluster: Callable[..., Cluster]) -> None:
     cluster = make_cluster()
     one, two = cluster.add_node(), cluster.add_node()

@@ -40,3 +40,16 @@ def test_a_start_does_not_import_the_commands_of_operators() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
     )
     assert done.stdout == "[]\nFalse\n"
+
+
+def test_a_start_in_kubernetes_imports_no_grpc_and_no_yaml() -> None:
+    """And one with etcd imports nothing of Kubernetes."""
+    code = (
+        "import sys, flannelpy.daemon; print([m for m in sys.modules if m == 'h11' or '.kube' in m]); "
+        "import flannelpy.store.kube, flannelpy.store.kube_config; "
+        "print([m for m in ('grpc', 'google.protobuf', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == "[]\n[]\n"

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flannelpy import state_file
+from flannelpy.model.address import parse_prefix
 from flannelpy.model.config import parse_config
 from flannelpy.model.leases import Held
 from flannelpy.state_file import Memory, Origin
@@ -29,6 +30,18 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     assert state_file.read(path) == (MEMORY, None)
     assert path.stat().st_mode & 0o777 == 0o600
     assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
+def test_kubernetes_nodes_have_names_for_keys(tmp_path: Path) -> None:
+    named = (
+        lease("10.5.2.0/24", "192.0.2.2")._replace(key="node2"),
+        lease("10.5.4.0/24", "192.0.2.4")._replace(key="10.5.9.0-24"),
+        lease("10.5.5.0/24", "192.0.2.5")._replace(key="six", subnet=None, subnet6=parse_prefix("fd00::/64")),
+    )
+    memory = MEMORY._replace(own=MEMORY.own._replace(key="node1"), peers=named)
+    path = tmp_path / "x.json"
+    state_file.write(path, memory)
+    assert state_file.read(path) == (memory, None)
 
 
 def test_it_is_of_one_network_and_valid_for_a_time() -> None:
