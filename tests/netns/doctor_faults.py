@@ -131,6 +131,7 @@ STORE = (
     Fault("two nodes have one public IP", "public-ip", "flannelpy lease release"),
     Fault("the pool is full", "pool-full", "flannelpy lease release"),
     Fault("etcd is down", "store", "systemctl status etcd"),
+    Fault("etcd is full", "store-alarm", "etcdctl alarm disarm"),
     Fault("etcd's certificate has expired", "certificate", "renew the certificate of the etcd server"),
     Fault("etcd does not know the password", "store-auth", "correct --etcd-username and the password"),
     Fault("the overlay runs over the wrong interface", "uplink", "--iface=eth0"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flannelpy.cli.lab import ETCD_PREFIX, Lab, Node
-from flannelpy.cli.processes import Process, inside, run, stop, wait_ready, wait_until
+from flannelpy.cli.processes import LabError, Process, inside, run, stop, wait_ready, wait_until
 from tests.certificates import Authority
 from tests.netns import bad_card
 from tests.netns.doctor_faults import CARD, PATHS, ROUTED, STORE, TABLES, Fault
@@ -150,7 +150,16 @@ def test_faults_of_the_store_and_its_records(lab: Lab) -> None:
     assert lab.etcd is not None
     end(lab.etcd)
     found(doctor(one), faults["store"], {}, set())
-    lab.start_etcd()
+    lab.start_etcd("--quota-backend-bytes=4000000")
+    assert checks(doctor(one)) == set()
+
+    with pytest.raises(LabError, match="space exceeded"):
+        fill(lab)
+    found(doctor(one), faults["store-alarm"], {}, set())
+    lab.etcdctl("del", "rubbish")
+    revision = json.loads(lab.etcdctl("get", "x", "--write-out=json"))["header"]["revision"]
+    for line in (f"compact {revision} --physical", "defrag", "alarm disarm"):
+        lab.etcdctl(*line.split())
     assert checks(doctor(one)) == set()
 
     put_lease(lab, free[0], peer(1))
@@ -168,6 +177,11 @@ def test_faults_of_the_store_and_its_records(lab: Lab) -> None:
     wrong = doctor(one, "--etcd-username=root", "--etcd-password=wrong")
     found(wrong, faults["store-auth"], {}, set())
     assert "wrong" not in json.dumps(wrong["findings"]).replace("wrong user", "")
+
+
+def fill(lab: Lab) -> None:
+    for _number in range(20):
+        lab.etcdctl("put", "rubbish", stdin="x" * 1_000_000)
 
 
 def https_etcd(lab: Lab, authority: Authority) -> list[str]:
