@@ -34,14 +34,16 @@ class Authority:
         self.file = str(directory / f"{name}.pem")
         Path(self.file).write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str, *, address: str = "127.0.0.1", expired: bool = False) -> Issued:
-        """A certificate for an address, for servers and clients alike."""
+    def issue(
+        self, name: str, *, address: str = "127.0.0.1", expired: bool = False, end: dt.datetime | None = None
+    ) -> Issued:
+        """A certificate for an address, for servers and clients alike; for a day, or until `end`."""
         key = ec.generate_private_key(ec.SECP256R1())
         start = _now() - dt.timedelta(days=10 if expired else 0)
         alternative = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
         usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
         certificate = (
-            _builder(_name(name), self._name, key.public_key(), start, days=1)
+            _builder(_name(name), self._name, key.public_key(), start, days=1, end=end)
             .add_extension(alternative, critical=False)
             .add_extension(usage, critical=False)
             .sign(self._key, hashes.SHA256())
@@ -73,6 +75,7 @@ def _builder(
     start: dt.datetime,
     *,
     days: int,
+    end: dt.datetime | None = None,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -81,5 +84,5 @@ def _builder(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
-        .not_valid_after(start + dt.timedelta(days=days))
+        .not_valid_after(end or start + dt.timedelta(days=days))
     )

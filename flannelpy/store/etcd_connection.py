@@ -100,10 +100,10 @@ class Connection:
             raise SettingsError("no etcd endpoint is given: set --etcd-endpoints")
         tls = tls or Tls()
         self._ca = tls.ca_file or system_roots() or "gRPC's own list"
-        self._credentials: Kept[grpc.ChannelCredentials] | None = None
+        self._secrets: Kept[_Secrets] | None = None
         if any(endpoint.secure for endpoint in self.endpoints):
             files = (tls.ca_file or system_roots(), tls.cert_file, tls.key_file)
-            self._credentials = Kept(files, lambda: _channel_credentials(tls))
+            self._secrets = Kept(files, lambda: _read_secrets(tls))
         self._timeout = self._patience = timeout
         self._member: Member | None = None
         self._failed: dict[Endpoint, float] = {}
@@ -139,10 +139,8 @@ class Connection:
     async def _first_ready(self) -> Member:
         if self._closed:
             raise StoreError("the connection to etcd is closed")
-        credentials = self._credentials.current() if self._credentials is not None else None
-        tasks = {
-            asyncio.create_task(self._open(endpoint, credentials)): endpoint for endpoint in self.endpoints
-        }
+        secrets = self._secrets.current() if self._secrets is not None else None
+        tasks = {asyncio.create_task(self._open(endpoint, secrets)): endpoint for endpoint in self.endpoints}
         reasons: dict[Endpoint, _UnreachableError] = {}
         winner: Member | None = None
         waiting = set(tasks)
@@ -166,18 +164,20 @@ class Connection:
         self._patience = self._timeout
         return winner
 
-    async def _open(self, endpoint: Endpoint, credentials: grpc.ChannelCredentials | None) -> Member:
+    async def _open(self, endpoint: Endpoint, secrets: "_Secrets | None") -> Member:
         """A connected member; _UnreachableError if the first attempt fails or takes too long."""
         if len(self.endpoints) > 1 and time.monotonic() - self._failed.get(endpoint, -_RECENT) < _RECENT:
             await asyncio.sleep(_HANDICAP)
-        channel = _channel(endpoint, credentials)
+        channel = _channel(endpoint, secrets)
         patience = self._patience
         try:
             async with asyncio.timeout(patience):
                 details = await _connect(channel)
             if details is None:
                 return Member(endpoint, channel)
-            error = _UnreachableError(connect_reason(details, self._ca, secure=endpoint.secure))
+            ended = "" if secrets is None else _ended(secrets)
+            reason = connect_reason(details, self._ca, secure=endpoint.secure, ended=ended)
+            error = _UnreachableError(reason)
         except TimeoutError:
             error = _UnreachableError(f"no answer within {patience:g} s", silent=True)
         except BaseException:
@@ -187,14 +187,38 @@ class Connection:
         raise error
 
 
-def _channel_credentials(tls: Tls) -> grpc.ChannelCredentials:
+class _Secrets(NamedTuple):
+    """What the files of `Tls` hold, as it is used."""
+
+    credentials: grpc.ChannelCredentials
+    chain: bytes
+    """Our client certificate, PEM; empty if there is none,"""
+    place: str
+    """and where it is from."""
+
+
+def _read_secrets(tls: Tls) -> _Secrets:
     pem = read_pem(tls)
-    return grpc.ssl_channel_credentials(pem.roots, pem.key, pem.chain)
+    credentials = grpc.ssl_channel_credentials(pem.roots, pem.key, pem.chain)
+    return _Secrets(credentials, pem.chain or b"", tls.cert_file)
 
 
-def _channel(endpoint: Endpoint, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
-    if endpoint.secure and credentials is not None:
-        return grpc.aio.secure_channel(endpoint.target, credentials, options=_OPTIONS)
+def _ended(secrets: _Secrets) -> str:
+    """Our client certificate in words if its time is over by this machine's clock, else nothing."""
+    from flannelpy.store.certificate import end_of, first_in_pem  # only when something is wrong
+
+    try:
+        end = end_of(first_in_pem(secrets.chain))
+    except ValueError:
+        return ""
+    if end >= time.time():
+        return ""
+    return f"{secrets.place}, which ended at {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(end))}"
+
+
+def _channel(endpoint: Endpoint, secrets: _Secrets | None) -> grpc.aio.Channel:
+    if endpoint.secure and secrets is not None:
+        return grpc.aio.secure_channel(endpoint.target, secrets.credentials, options=_OPTIONS)
     return grpc.aio.insecure_channel(endpoint.target, options=_OPTIONS)
 
 

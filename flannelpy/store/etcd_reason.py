@@ -28,9 +28,11 @@ _CONNECT = (
     ("WRONG_VERSION_NUMBER", "it does not speak TLS (use http:// if that is wanted)"),
     ("CERTIFICATE_REQUIRED", "it wants a client certificate (give --etcd-certfile and --etcd-keyfile)"),
     ("ALERT_BAD_CERTIFICATE", "it refuses our client certificate (check --etcd-certfile)"),
+    ("ALERT_CERTIFICATE_EXPIRED", "it calls our client certificate expired (renew it, check clocks)"),
     ("ALERT_UNKNOWN_CA", "it refuses our client certificate (check --etcd-certfile)"),
     ("Handshake", "the TLS handshake failed (does it speak TLS? if not, use http://)"),
 )
+_ABOUT_US = ("CERTIFICATE_REQUIRED", "ALERT_BAD_CERTIFICATE", "ALERT_CERTIFICATE_EXPIRED")
 _CLOSED = (
     "Socket closed",
     "Connection reset",
@@ -49,8 +51,14 @@ _HINTS = {
 }
 
 
-def connect_reason(details: str, ca: str, *, secure: bool) -> str:
-    """Why an endpoint cannot be connected to, from gRPC's details of the failed connection."""
+def connect_reason(details: str, ca: str, *, secure: bool, ended: str = "") -> str:
+    """Why an endpoint cannot be connected to, from gRPC's details of the failed connection.
+
+    `ended` describes our client certificate if it is one that has ended: then that is why a server turns us
+    away. With TLS 1.3 it does so without a word that gRPC would pass on, after the handshake.
+    """
+    if ended and any(pattern in details for pattern in (*_ABOUT_US, *_CLOSED, _CLOSED_TLS)):
+        return f"it refuses our client certificate, {ended} (renew the file: it is read again by itself)"
     for pattern, reason in _CONNECT:
         if pattern.lower() in details.lower():
             return reason.format(ca=ca)

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import datetime as dt
 import logging
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,15 @@ class Pki:
     def issue(self) -> tuple[str, Issued, Issued]:
         """(CA, server's, client's) of a new authority, beside the ones in use."""
         self._turn += 1
-        authority = Authority(self._folder / str(self._turn), "ca")
+        authority = self._latest = Authority(self._folder / str(self._turn), "ca")
         return authority.file, authority.issue("server"), authority.issue("client")
+
+    def renew_client(self, end: dt.datetime | None = None) -> None:
+        """Another certificate for the client, as an agent would write it: the key first."""
+        issued = self._latest.issue("client", end=end)
+        for source, target in ((issued.key, self.tls.key_file), (issued.certificate, self.tls.cert_file)):
+            shutil.copy(source, f"{target}.new")
+            Path(f"{target}.new").replace(target)
 
     def spoil(self) -> None:
         """Half of a CA file, and an empty certificate."""
@@ -65,9 +73,11 @@ class Pki:
 
 
 @contextlib.asynccontextmanager
-async def watching(client: EtcdClient) -> AsyncIterator[tuple[EtcdStore, Lease, Updates]]:
+async def watching(
+    client: EtcdClient, on_trouble: Callable[[str | None], None] | None = None
+) -> AsyncIterator[tuple[EtcdStore, Lease, Updates]]:
     """A node that has a lease and watches."""
-    store = EtcdStore(client, "/net")
+    store = EtcdStore(client, "/net", on_trouble=on_trouble)
     try:
         own = await store.acquire(V4, offer(1), NOTHING)
         async with contextlib.aclosing(store.watch()) as source:
@@ -126,6 +136,51 @@ def test_a_certificate_whose_key_is_still_the_old_one_is_not_used(tmp_path: Path
             await following
 
     asyncio.run(scenario())
+
+
+def test_a_client_certificate_that_ends_during_a_connection(
+    start_etcd: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """etcd looks at it when a connection begins: the one that stands goes on, the next one needs another."""
+    caplog.set_level(logging.INFO, "flannelpy")
+    pki = Pki(tmp_path)
+    etcd = start_etcd(pki.flags, scheme="https")
+    etcd.ctl_flags = pki.ctl_flags
+    end = dt.datetime.now(dt.UTC).replace(microsecond=0) + dt.timedelta(seconds=4)
+    pki.renew_client(end)
+    troubles: list[str | None] = []
+    told = asyncio.Event()
+
+    def tell(trouble: str | None) -> None:
+        troubles.append(trouble)
+        if trouble and "refuses our client certificate" in trouble:
+            told.set()
+
+    async def scenario() -> None:
+        client = EtcdClient([etcd.endpoint], pki.tls)
+        async with watching(client, tell) as (store, own, updates):
+            await asyncio.sleep((end - dt.datetime.now(dt.UTC)).total_seconds() + 1.0)
+            await asyncio.to_thread(put_peer, etcd, 2)
+            await updates.until(lambda u: "10.9.2.0-24" in u.table)
+            renewed = await store.renew(own)
+            assert renewed is not None
+            assert (troubles, client.requests["watch"]) == ([], 1)
+
+            await asyncio.to_thread(etcd.restart)
+            following = asyncio.create_task(updates.until(lambda u: "10.9.3.0-24" in u.table, 20))
+            await told.wait()
+            with pytest.raises(StoreError, match=f"{pki.tls.cert_file}, which ended at {end:%Y-%m-%dT%H:%M}"):
+                await store.renew(renewed)
+            assert not following.done()
+
+            pki.renew_client()
+            await asyncio.to_thread(put_peer, etcd, 3)
+            await following
+            assert await store.renew(renewed) is not None
+            assert troubles[-1] is None
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert sum("read again after a change" in record.getMessage() for record in caplog.records) == 1
 
 
 def guarded(start_etcd: Start, password: str, *flags: str) -> EtcdProcess:

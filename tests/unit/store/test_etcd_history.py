@@ -90,6 +90,9 @@ def test_reasons_are_short_and_on_one_line() -> None:
     long = "failed to connect to all addresses; last error: UNKNOWN: " + "a\nb\x1b[0m " * 500
     assert len(connect_reason(long, "ca", secure=False)) <= 160
     assert connect_reason(long, "ca", secure=False).isprintable()
+    ended = "client.crt, which ended at 2026-01-01T00:00:00Z"
+    assert ended in connect_reason("Socket closed", "ca", secure=True, ended=ended)
+    assert ended not in connect_reason("Connection refused", "ca", secure=True, ended=ended)
     assert bounded("x" * 160) == "x" * 160
     assert call_reason("DEADLINE_EXCEEDED", "Deadline Exceeded") == "no answer in time"
     assert call_reason("UNAVAILABLE", "etcdserver: no leader") == "no leader"
