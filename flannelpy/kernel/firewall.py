@@ -20,6 +20,8 @@ from flannelpy.kernel.peer_filter import PeerFilterTable
 from flannelpy.model.traffic import FamilyRules, RuleSet
 
 _NOTHING = RuleSet(None, None)
+_LOOK_EARLY = 0.9
+"""So that what is found is repaired within one period, too."""
 _LEGACY_DROPS = (
     "forwarded packets are dropped by the FORWARD policy of legacy iptables, which no rule of ours overrides:"
     " use one kind of iptables on this host (update-alternatives)"
@@ -135,7 +137,7 @@ class IptablesFirewall(Firewall):
         """(Bits, table) -> what was wanted and the fingerprint of what stood, when last it was right."""
         self._legacy = any(program.legacy for program in programs.values())
         if self._legacy or self._nftables is None:
-            self.period = resync
+            self.period = resync * _LOOK_EARLY
 
     async def keep(self, wanted: RuleSet) -> list[str]:
         """As `Firewall.keep`."""

@@ -139,7 +139,8 @@ def test_every_damage_is_repaired(make_lab: Callable[..., Lab], mode: str) -> No
     lab = make_lab(ipv6=True)
     node = lone(lab, mode)
     assert node.daemon is not None
-    limit = 2.5 if mode == "iptables-legacy" else 1.0  # the period here is 1 s
+    # The period is 1 s; half of it more for a machine that is loaded with other tests.
+    limit = 1.5 if mode == "iptables-legacy" else 1.0
     whole = listing(node, mode)
     assert len(whole.splitlines()) >= 20
     table = []
@@ -423,7 +424,7 @@ def test_idle_among_20000_foreign_rules(make_lab: Callable[..., Lab], mode: str)
     count = len(started(lab.folder, mode)) - programs_before
     spent = cpu_seconds(daemon) - cpu
     if mode == "iptables-legacy":
-        assert 2 <= count <= 2 * (seconds + 1)
+        assert 2 <= count <= 2 * (seconds / 0.9 + 1)  # one for each family and look
     else:
         assert count == 0
         assert children_ended(daemon) == ended
