@@ -12,7 +12,7 @@ import pytest
 
 from tests.system.conftest import HOME, Hosts, address, state, status
 from tests.system.machine import Machine, reboot, say
-from tests.system.page import commands
+from tests.system.page import commands, fenced
 from tests.system.wire import GATEWAY
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]
@@ -165,9 +165,19 @@ def test_a_network_with_the_udp_backend(hosts: Hosts) -> None:
         with traffic(hosts):
             for machine in machines:
                 machine.run("systemctl restart flannelpy")
+            for machine in machines:
+                machine.run(f"cd {HOME}\n{fenced('7.')}")
+                for device, hook in (("flannel0", "egress"), ("host0", "ingress")):
+                    machine.wait(f"tc filter show dev {device} {hook} | grep -q flannelpy-udp")
+        leases = hosts.first.run("ETCDCTL_API=3 etcdctl get --prefix /coreos.com/network/subnets")
+        assert leases.count('"FastPath":true') == 2
+        check_overlay(hosts)
+        score = hosts.first.run("systemd-analyze security --no-pager flannelpy").rpartition("\n")[2]
+        say(f"with the drop-in for the fast path: {score}")
     finally:
         put_config(hosts, {"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}})
         for machine in machines:
+            machine.run("rm -f /etc/systemd/system/flannelpy.service.d/udp-fast-path.conf")
             machine.run("systemctl disable --now flannelpy-udp.socket flannelpy-udp.service")
             machine.run("rm /etc/systemd/system/flannelpy-udp.*; systemctl daemon-reload")
             machine.run("systemctl restart flannelpy; systemctl restart docker")
