@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
@@ -180,7 +181,7 @@ async def _serve(settings: Settings, notify: Notify) -> None:
             origin=origin,
             memory=memory,
             store_is_silent=silent,
-            save=partial(start.save, settings),
+            save=partial(start.save_aside, stack.enter_context(ThreadPoolExecutor(1)), settings),
             write_subnet_env=partial(_write_subnet_env, settings.subnet_file),
             firewall=rules,
             turn_rules=partial(_rules_as_asked, settings, ()),

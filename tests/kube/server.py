@@ -328,7 +328,7 @@ class Api:
         method = request.method.decode()
         send = Sender(http, writer)
         try:
-            if parts.path.startswith("/stand-in/"):
+            if parts.path.startswith("/stand-in/"):  # whoever asks
                 await send.json(
                     200, self.faults.set(parts.path.removeprefix("/stand-in/"), json.loads(body or b"null"))
                 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from flannelpy.cli.lab import GATEWAY, Lab, Node
 from flannelpy.cli.processes import Process, inside
-from tests.kube.api import ApiServer, RealApi, StandIn
+from tests.kube.api import TOKEN, ApiServer, RealApi, StandIn
 
 NETWORK = "10.244.0.0/16"
 OURS = (sys.executable, "-m", "flannelpy")
@@ -70,9 +70,32 @@ class Cluster:
         return node
 
     def start(self, node: Node, command: Sequence[str] = OURS, flags: Sequence[str] = ()) -> Process:
-        ours = [
-            "--kube-subnet-mgr",
-            f"--kubeconfig-file={self.kubeconfig}",
-            f"--net-config-path={self.config}",
-        ]
-        return self.lab.start_daemon(node, ["env", f"NODE_NAME={node.name}", *command], flags=[*ours, *flags])
+        access = f"--kubeconfig-file={self.kubeconfig}"
+        ours = ["--kube-subnet-mgr", f"--net-config-path={self.config}", *(flags or [access])]
+        return self.lab.start_daemon(node, ["env", f"NODE_NAME={node.name}", *command], flags=ours)
+
+    def start_in_pod(self, node: Node) -> Process:
+        """As a pod finds it: the API server by two variables, a service account in a folder of its own."""
+        folder = "/run/secrets/kubernetes.io/serviceaccount"
+        ours = f"""
+            mount -t tmpfs none /run
+            mkdir -p {folder}
+            cp {self.api.authority.file} {folder}/ca.crt
+            cp {self.token} {folder}/token
+            exec "$@"
+        """
+        where = (f"KUBERNETES_SERVICE_HOST={GATEWAY}", f"KUBERNETES_SERVICE_PORT={self.api.port}")
+        command = [*where, "unshare", "--mount", "sh", "-ec", ours, "sh", *OURS]
+        return self.start(node, command, ["--kubeconfig-file="])
+
+    def rotate_token(self, daemon: Process, token: str) -> None:
+        """What kubelet does to the file in a running pod."""
+        root = f"/proc/{daemon.popen.pid}/root"
+        Path(f"{root}/run/secrets/kubernetes.io/serviceaccount/token").write_text(token)
+
+    @property
+    def token(self) -> Path:
+        """A file with the token that a service account starts with."""
+        path = self.lab.folder / "token"
+        path.write_text(TOKEN)
+        return path

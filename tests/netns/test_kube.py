@@ -10,7 +10,7 @@ import pytest
 
 from flannelpy.cli.lab import Lab
 from flannelpy.cli.processes import run, stop, wait_ready, wait_until
-from tests.kube.api import KUBE_APISERVER, StandIn
+from tests.kube.api import KUBE_APISERVER, TOKEN, StandIn
 from tests.netns.kube import NETWORK, OURS, Cluster, KubeApi, RealKubeApi
 from tests.netns.nodes import log_of, routes, wait_for_log
 from tests.netns.test_cni import PLUGINS, Kubelet, assert_all_reach_all, assert_none_lost, flow
@@ -95,6 +95,23 @@ def test_a_node_waits_for_its_pod_cidr_and_says_so_everywhere(make_cluster: Call
     wait_ready([daemon])
     assert node.subnet_env()["FLANNEL_SUBNET"] == "10.244.9.1/24"
     wait_until(lambda: cluster.api.condition(node.name) == ("False", "FlannelIsUp"), "the condition")
+
+
+def test_a_service_account_whose_token_changes(make_cluster: Callable[..., Cluster]) -> None:
+    cluster = make_cluster()
+    lab, api = cluster.lab, cluster.api
+    assert isinstance(api, StandIn)
+    one, two = cluster.add_node(), cluster.add_node()
+    wait_ready([daemon := cluster.start_in_pod(one), cluster.start_in_pod(two)])
+    api.do("tokens", [TOKEN, "another"])
+    cluster.rotate_token(daemon, "another")
+    api.do("tokens", ["another"])
+    api.do("cut", "clean")
+    api.do("many", {"first": 0, "count": 1})
+    wait_for_log(daemon, "lease big-00000 is not programmed: its subnet")
+    assert two.daemon is not None
+    wait_for_log(two.daemon, "answers 401 to our watch")
+    assert routes(lab, two) == 1
 
 
 def test_hostile_nodes_disturb_nobody(make_cluster: Callable[..., Cluster]) -> None:
