@@ -14,10 +14,10 @@ from functools import partial
 from random import Random
 from typing import NamedTuple, TypeVar
 
+from flannelpy import twins
 from flannelpy.errors import StoreError
 from flannelpy.health import Health
 from flannelpy.model import identity
-from flannelpy.model.address import format_address
 from flannelpy.model.config import ConfigError, NetworkConfig, parse_config
 from flannelpy.model.config_change import compare
 from flannelpy.model.identity import Identity
@@ -109,6 +109,7 @@ class Claim:
     async def take(self) -> Lease:
         """Claim a subnet, waiting for the store as long as it takes; StoreError if there can be none."""
         own = await self._ask(self._acquire(), "claim a subnet", for_ever=False)
+        twins.name_predecessor(own, self._store.replaced, self._us, self._health)
         self._note_written(own)
         return own
 
@@ -268,21 +269,13 @@ class Claim:
         them = identity.parse(await self._store.signature(own.key) or "")
         if them is not None and them.process == self._us.process:
             them = None  # our own signature: they do not sign
-        address = own.attrs.public_ip or own.attrs.public_ipv6 or b""
         self._gave_way = them is not None and not self._us.outranks(them)
-        conflict = (
-            f"another machine has our public IP {format_address(address)} and claims our lease {own.key}:"
-            f" {them or 'unknown'}, {theirs.attrs.backend_data}; we are {self._us}, {own.attrs.backend_data}"
-        )
+        conflict = twins.conflict(own, theirs, them, self._us)
         outcome = (
             "the lease is left to it, peers may not reach this node" if self._gave_way else "we take it back"
         )
         if self._health.conflict != conflict:
-            log.error(
-                "%s; %s. Give each machine an address of its own (--public-ip, --iface), then restart it",
-                conflict,
-                outcome,
-            )
+            log.error("%s; %s. %s", conflict, outcome, twins.REMEDY)
         self._health.conflict = conflict
         if self._gave_way:
             self._unpublished = False
@@ -302,6 +295,7 @@ class Claim:
             )
         self._previous = Previous(self._config.network, lost.subnet, self._config.network6, lost.subnet6)
         self._unpublished = self._lost = False
+        before = await self._store.signature(lost.key) if self._resumed else None
         self._is_claiming = True
         try:
             own = await self._ask(partial(self._acquire_again, lost), "take our lease back")
@@ -311,6 +305,8 @@ class Claim:
             self._gave_way = False
             self._health.conflict = None
             log.warning("the other machine with our public IP is gone: our lease is ours again")
+        if own.key == lost.key:
+            twins.name_predecessor(own, before, self._us, self._health)
         self._note_written(own)
         self._look_back(own, meanwhile)
         if own.subnets() != lost.subnets():

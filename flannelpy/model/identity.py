@@ -36,6 +36,13 @@ class Identity(NamedTuple):
         ours, theirs = ((one.since, one.boot, one.started, one.process) for one in (self, other))
         return ours < theirs
 
+    def is_later_than(self, other: "Identity") -> bool:
+        """Whether this was seen to live after the other's boot: then it is no earlier life of that machine.
+
+        By the clocks of both.
+        """
+        return max(self.since, self.started / 1000) > other.since
+
 
 def render(identity: Identity) -> str:
     """One line of JSON."""

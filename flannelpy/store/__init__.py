@@ -96,6 +96,11 @@ class Store(Protocol):
         """
         ...
 
+    @property
+    def replaced(self) -> str | None:
+        """The note (see `sign`) beside the record that a start's `acquire` has taken over; None = none."""
+        ...
+
     async def renew(self, own: Lease) -> Lease | None:
         """Prolong our claim by one full TTL, only if the record is still as we wrote it.
 

@@ -55,6 +55,7 @@ class EtcdStore:
         self._config_key = f"{prefix}/config".encode()
         self._records = EtcdRecords(client, prefix, ttl)
         self._handed: State | None = None
+        self._replaced: str | None = None
         self._watching = False
         self._seen = Seen()
         """What the watch has told about."""
@@ -120,10 +121,16 @@ class EtcdStore:
             self._records, config, offer, previous, self._random, running, seen, watching=watching
         )
         own, state = await acquisition.run()
+        self._replaced = acquisition.replaced
         if not self._watching:
             self._handed = state
         self._doubtful.clear()
         return own
+
+    @property
+    def replaced(self) -> str | None:
+        """See Store."""
+        return self._replaced
 
     async def sign(self, own: Lease, identity: str) -> None:
         """See Store."""

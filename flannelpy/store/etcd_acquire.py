@@ -61,6 +61,8 @@ class Acquisition:
         self._watching = watching
         """and if it was the watch: nothing is written into a history that it has not told about."""
         self._remembered: list[Pair] = []
+        self.replaced: str | None = None
+        """Who had signed the record that a start took over."""
         self._grant = 0
         self._refused: list[Pair] = []
 
@@ -78,8 +80,12 @@ class Acquisition:
             if await quietly(self._records.remove(lease)):
                 gone.append(lease.key)
                 await self._records.retire(lease.etcd_lease_id)
-        if taken_over is not None and taken_over.etcd_lease_id != own.etcd_lease_id:
-            await self._records.retire(taken_over.etcd_lease_id)
+        if taken_over is not None:
+            retired = taken_over.etcd_lease_id if taken_over.etcd_lease_id != own.etcd_lease_id else 0
+            if self._running is None:
+                self.replaced = await self._records.retire_signed(taken_over.key, retired)
+            else:
+                await self._records.retire(retired)
         return own, state._replace(listing=with_changes(state.listing, (own,), gone))
 
     async def _claim(self) -> tuple[Lease, Lease | None, State]:

@@ -232,6 +232,11 @@ class KubeStore:
     async def sign(self, own: Lease, identity: str) -> None:
         """Nothing: a node has one kubelet, and that one starts one of us."""
 
+    @property
+    def replaced(self) -> str | None:
+        """Nothing; see `sign`."""
+        return None
+
     async def signature(self, key: str) -> str | None:  # noqa: ARG002
         """Nothing; see `sign`."""
         return None

@@ -178,6 +178,7 @@ class MemoryStore:
         self.connected = True
         self._random = random or Random(0)  # noqa: S311
         self._on_trouble = on_trouble
+        self._replaced: str | None = None
         self._handed: tuple[Listing, Head, int] | None = None
         self._watching = False
         self._seen = Seen()
@@ -219,6 +220,11 @@ class MemoryStore:
         self._seen.remember(head, marks)
         self._restored = -1  # perhaps, since then
 
+    @property
+    def replaced(self) -> str | None:
+        """See Store."""
+        return self._replaced
+
     async def sign(self, own: Lease, identity: str) -> None:
         """See Store."""
         if self.connected:
@@ -254,6 +260,11 @@ class MemoryStore:
                 continue
             own = self._write(decision, listing, ours, offer)
             if own is not None:
+                signed = self.data.signatures
+                if running is None and isinstance(decision, TakeOver):
+                    self._replaced = signed.get(own.key)
+                    if own.etcd_lease_id:  # it lies on the former one, which ends now
+                        signed.pop(own.key, None)
                 break
             if isinstance(decision, Create):
                 refused.append((decision.subnet, decision.subnet6))

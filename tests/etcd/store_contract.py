@@ -111,6 +111,19 @@ class StoreContract:
 
         self.run(scenario)
 
+    def test_a_start_is_told_who_signed_the_record_that_it_takes_over(self) -> None:
+        async def scenario(lab: Lab) -> None:
+            first, second, third = lab.node(), lab.node(), lab.node()
+            own = await first.acquire(V4, offer(1), NOTHING)
+            assert first.replaced is None
+            await first.sign(own, "the first")
+            again = await second.acquire(V4, offer(1), NOTHING)
+            assert (again.key, second.replaced) == (own.key, "the first")
+            await third.acquire(V4, offer(1), NOTHING)
+            assert third.replaced is None, "the second one does not sign"
+
+        self.run(scenario)
+
     def test_a_node_takes_its_own_lease_over(self) -> None:
         async def scenario(lab: Lab) -> None:
             first = await lab.node().acquire(V4, offer(1), NOTHING)

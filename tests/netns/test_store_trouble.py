@@ -140,6 +140,31 @@ def test_two_machines_with_one_public_ip_are_named_and_do_not_fight(lab: Lab) ->
     assert key_of(third) == key_of(one)
 
 
+def test_a_machine_that_starts_names_the_one_that_wrote_its_lease_meanwhile(lab: Lab) -> None:
+    (one,) = cluster(lab, V4, nodes=1)
+    assert one.daemon is not None
+    wait_until(lambda: signature(lab, one) != "", "its signature")
+    ours = json.loads(signature(lab, one))
+    stop([one.daemon])
+    again = lab.start_daemon(one)
+    wait_ready([again])
+    wait_until(lambda: json.loads(signature(lab, one) or "{}").get("process") not in (None, ours["process"]),
+               "the restarted one's signature")  # fmt: skip
+    stop([again])
+    assert "has written our lease" not in log_of(again), "a restart is no other machine"
+
+    theirs = {**ours, "host": "twin", "boot": "another-boot", "since": ours["since"] + 3600}
+    lab.etcdctl("put", f"{ETCD_PREFIX}/flannelpy/nodes/{key_of(one)}", json.dumps(theirs))
+    daemon = lab.start_daemon(one)
+    wait_ready([daemon])
+    wait_for_log(daemon, f"another machine has our public IP {one.address} and has written our lease")
+    said = next(line for line in log_of(daemon).splitlines() if "has written our lease" in line)
+    assert "host twin, uplink eth0 192.168.77.1" in said
+    assert f"we are host {ours['host']}, uplink eth0 192.168.77.1" in said
+    assert "--public-ip" in said
+    assert log_of(daemon).count("has written our lease") == 1
+
+
 def key_of(node: Node) -> str:
     address = node.subnet_env()["FLANNEL_SUBNET"]
     return re.sub(r"\.1/24$", ".0-24", address)

@@ -1,6 +1,7 @@
 """Holding a claim: echoes of our own writes, losses, other histories, a store that refuses for good."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from random import Random
 
@@ -38,6 +39,7 @@ class ScriptedStore:
         self.head: Head | None = None
         self.configs: list[str | None] = []
         self.signed: dict[str, str] = {}
+        self.replaced: str | None = None
         self.written: list[Lease] = []
         self.running: Running | None = None
         self.health = Health()
@@ -266,6 +268,38 @@ def test_another_machine_with_our_public_ip_is_named_and_not_fought(
 
     run(test)
     assert sum("another machine has our public IP" in text for text in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "boot", "since", "started", "level"),
+    [
+        ("here", "b", 1000, 500, None),  # a restart
+        ("here", "c", 400, 999_000, None),  # a reboot
+        ("former", "c", 400, 999_000, logging.INFO),  # renamed, installed anew, or a clone
+        ("here", "c", 1100, 1_100_000, logging.ERROR),  # a clone that booted later
+        ("here", "c", 400, 1_500_000, logging.ERROR),  # its daemon started while we were up
+    ],
+)
+def test_a_start_says_whose_record_it_takes_over(
+    host: str, boot: str, since: int, started: int, level: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "flannelpy")
+
+    async def main() -> None:
+        store = ScriptedStore()
+        claim = claim_on(store, [])
+        them = Identity(host, boot * 36, "theirs", since, started, "eth7 192.0.2.1")
+        store.replaced = identity.render(them)
+        await claim.take()
+        assert bool(store.health.conflict) is (level == logging.ERROR)
+
+    asyncio.run(main())
+    said = [record for record in caplog.records if "written" in record.getMessage()]
+    assert [record.levelno for record in said] == ([] if level is None else [level])
+    for record in said:
+        assert f"host {host}, uplink eth7 192.0.2.1 (boot {boot * 8})" in record.getMessage()
+        assert "host here" in record.getMessage()
+    assert ("--public-ip" in caplog.text) is (level == logging.ERROR)
 
 
 def test_a_record_without_an_etcd_lease_is_an_operators(caplog: pytest.LogCaptureFixture) -> None:
