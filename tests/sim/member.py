@@ -88,6 +88,11 @@ class SimStore(MemoryStore):
         self.met = 0.0
         """and when; one that is as it was meets nobody."""
 
+    @property
+    def saw_nothing(self) -> bool:
+        """Whether it has met the present history, and no record of it yet."""
+        return self.alive and self._seen.head is not None and not self._seen.last
+
     async def _trip(self) -> None:
         random = self.member.world.random
         await asyncio.sleep(random.uniform(0.001, 0.05))

@@ -46,6 +46,7 @@ class StoreRecords(Records):
         world.strays += world.leftovers()
         before = dict(self.records)
         super().restore(backup)
+        world.blind = {one for one in (*world.members, *world.twins) if one.store and one.store.saw_nothing}
         world.unaware |= {owner for key, was in before.items() if (owner := world.did_not_see(key, was))}
         world.began = world.loop.time()
         world.withdrawals.new_history(world.began, self.records)
@@ -72,6 +73,8 @@ class StoreWorld(World):
         self.twins: dict[Member, Member] = {}
         """Clone -> the machine that it is a copy of."""
         self.left: set[Member] = set()
+        self.blind: set[Member] = set()
+        """Nodes that had seen no record of the history that the present one took the place of."""
         self.unaware: set[Member] = set()
         """Nodes whose record was given away and brought back by a restore before they saw either."""
         self.strays: list[Lease] = []
@@ -371,6 +374,8 @@ class StoreWorld(World):
             return  # restored from a backup with higher revisions: by all that can be known it is newer
         if not self._is_inside(lease):
             return  # that one was
+        if member in self.blind and store is not None and store.met < self.began:
+            return  # an empty history can have gone on to any other, if its id is the same
         if self._is_reserved_elsewhere(lease):
             return  # two places for one MAC, and a reservation stays: only an operator can end that
         at = self.withdrawals.told[peer].at
