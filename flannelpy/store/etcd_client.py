@@ -17,6 +17,7 @@ from flannelpy.store.etcd_connection import CallError, Connection, Member, call_
 from flannelpy.store.etcd_endpoint import Tls
 from flannelpy.store.etcd_files import Login, keep_password
 from flannelpy.store.etcd_reason import call_reason
+from flannelpy.store.retry import STOPPED_ANSWERING
 
 Reply = TypeVar("Reply", bound=Message)
 _WatchCall: TypeAlias = "grpc.aio.StreamStreamCall[pb.WatchRequest, pb.WatchResponse]"
@@ -186,7 +187,10 @@ class EtcdClient:
             raise self._error(member, "the watch is lost")
         except CallError as error:
             await self._connection.leave(member)
-            raise self._error(member, f"the watch is lost: {self._reason(error)}") from None
+            # To say that it was just lost would be to wait for a second failure before anybody is told.
+            silent = self._connection.fell_silent(member)
+            reason = STOPPED_ANSWERING if silent else self._reason(error)
+            raise self._error(member, f"the watch is lost: {reason}") from None
         finally:
             call.cancel()
 
@@ -223,7 +227,7 @@ class EtcdClient:
                 late = failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
                 self._adapt(late=late)
                 self._suspect(token, member, late=late)
-                await self._connection.leave(member)
+                await self._connection.leave(member, silent=late)
                 raise self._error(member, f"the watch is lost: {self._reason(failure)}")
             else:
                 return member, call, response
@@ -244,8 +248,9 @@ class EtcdClient:
                 continue
             if failure.code not in _LOST:
                 raise self._refusal(member, failure)
-            self._suspect(token, member, late=failure.code is grpc.StatusCode.DEADLINE_EXCEEDED)
-            await self._connection.leave(member)
+            late = failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
+            self._suspect(token, member, late=late)
+            await self._connection.leave(member, silent=late)
             # Without a connection nothing was sent.
             if not repeatable and not failure.details.startswith("failed to connect"):
                 raise OutcomeUnknownError(
@@ -321,7 +326,8 @@ class EtcdClient:
             if "invalid user ID or password" in failure.details:
                 self._refused = _Refused(password, time.monotonic() + _REFUSED_SECONDS, refusal)
             raise refusal
-        await self._connection.leave(member)
+        late = failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        await self._connection.leave(member, silent=late)
         raise self._error(member, self._reason(failure))
 
     # --- errors ---

@@ -108,24 +108,46 @@ class Connection:
         self._member: Member | None = None
         self._failed: dict[Endpoint, float] = {}
         self._connecting = asyncio.Lock()
+        self._attempts = 0
+        self._failure = ""
+        """What became of the last attempt, if nothing."""
+        self._silent: Member | None = None
         self._closed = False
 
     async def ready(self) -> Member:
-        """The current member if it is connected, else the first endpoint that becomes so; or StoreError."""
-        member = self._member
+        """The current member if it is connected, else the first endpoint that becomes so; or StoreError.
+
+        Who waits while another caller tries shares the outcome: the attempts of many do not add up.
+        """
+        member, attempts = self._member, self._attempts
         if member is not None and member.channel.get_state() is grpc.ChannelConnectivity.READY:
             return member
         async with self._connecting:
             if self._member is not None and self._member is not member:
                 return self._member
+            if self._attempts != attempts and self._member is None and self._failure:
+                raise StoreError(self._failure, transient=True)
             if member is not None:
                 await self.leave(member)
-            self._member = await self._first_ready()
+            self._failure = ""
+            try:
+                self._member = await self._first_ready()
+            except StoreError as error:
+                self._failure = str(error) if error.transient else ""
+                raise
+            finally:
+                self._attempts += 1
             return self._member
 
-    async def leave(self, member: Member) -> None:
+    def fell_silent(self, member: Member) -> bool:
+        """Whether it was left because it did not answer."""
+        return member is self._silent
+
+    async def leave(self, member: Member, *, silent: bool = False) -> None:
         """Give a member up: its other calls end with an error, the next `ready` looks for another."""
         self._failed[member.endpoint] = time.monotonic()
+        if silent:
+            self._silent = member
         if self._member is member:
             self._member = None
         await member.channel.close(None)

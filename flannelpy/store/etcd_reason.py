@@ -42,6 +42,8 @@ _CLOSED = (
     "recvmsg",
     "Connection closed",
 )
+_HUNG = ("ping timeout", "keepalive", "connection timed out")
+"""The last one is TCP's: what gRPC has sent was not acknowledged for 5 s."""
 _ENDED = "Internal error from Core"
 """What grpc.aio makes of a call that the server ends before our first message is sent."""
 _CLOSED_TLS = "TSI_DATA_CORRUPTED"
@@ -71,7 +73,7 @@ def call_reason(code: str, details: str) -> str:
     """Why a call failed, from gRPC's status name ("UNAVAILABLE") and details."""
     if code == "DEADLINE_EXCEEDED" and not details.startswith("etcdserver"):
         return "no answer in time"
-    if "ping timeout" in details.lower() or "keepalive" in details.lower():
+    if any(text in details.lower() for text in _HUNG):
         return STOPPED_ANSWERING
     if any(pattern in details for pattern in _CLOSED):
         return "connection lost"

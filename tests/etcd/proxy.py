@@ -48,9 +48,7 @@ class Proxy:
         if self._server is not None:
             self._server.close()
             self._server = None
-        for writer in self._writers:
-            writer.transport.abort()
-        self._writers.clear()
+        self.hang_up()
 
     async def heal(self) -> None:
         """Accept and carry again."""
@@ -72,6 +70,17 @@ class Proxy:
         """The same for new connections, until healed."""
         self.lose_answers()
         self._swallow = True
+
+    def black_hole(self) -> None:
+        """Nothing is carried any more, neither now nor by new connections, until healed."""
+        self.lose_everything()
+        self._swallow = True
+
+    def hang_up(self) -> None:
+        """Close the connections that stand; new ones are accepted."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -97,5 +97,6 @@ def test_reasons_are_short_and_on_one_line() -> None:
     assert call_reason("DEADLINE_EXCEEDED", "Deadline Exceeded") == "no answer in time"
     assert call_reason("UNAVAILABLE", "etcdserver: no leader") == "no leader"
     assert call_reason("UNAVAILABLE", "Socket closed") == "connection lost"
+    assert call_reason("UNAVAILABLE", "recvmsg:Connection timed out") == "it stopped answering"
     assert call_reason("UNAVAILABLE", "") == "unavailable"
     assert call_reason("INTERNAL", "Internal error from Core") == "it ended the call at once"
