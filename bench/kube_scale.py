@@ -4,7 +4,8 @@
         --daemon ours='.venv/bin/flannelpy' --daemon flannel='/path/to/flanneld'
 
 The API server is the stand-in of the tests, over HTTPS, in the namespace of the node; its own time is in
-all figures, for every daemon alike. Each node object has about 5 KB. A change is a new node; 100 of them.
+all figures, for every daemon alike. Each node object has about 5 KB. A change is a new node; 100 of them;
+what it takes to ask the API server for it is in the time, and stands above it.
 A flannel with 5,000 nodes and more needs EVENT_QUEUE_DEPTH (env EVENT_QUEUE_DEPTH=20000 /path/to/flanneld):
 with its default it uses a whole processor for ever.
 Heartbeats: the status of every node is written once; CPU is what the daemon used from then until it rests.
@@ -135,6 +136,13 @@ class Run:
         return Daemon(self._netns, self._command, self._flags, self.log)
 
 
+def asked(api: Inside) -> float:
+    """How long it takes to ask the API server something, the connection included."""
+    began = time.monotonic_ns()
+    api.do("state")
+    return (time.monotonic_ns() - began) / 1e6
+
+
 def measured(run: Run, nodes: int) -> dict[str, float]:
     """A start, changes, heartbeats, a restart."""
     values: dict[str, float] = {}
@@ -150,6 +158,7 @@ def measured(run: Run, nodes: int) -> dict[str, float]:
     for verb, count in run.api.requests().items():
         values[f"requests of a start: {verb}"] = count - (1 if verb == "create" else 0)
 
+    values["the API server's own answer p50, ms"] = statistics.median(asked(run.api) for _ in range(_CHANGES))
     taken = []
     for number in range(nodes, nodes + _CHANGES):
         observer.forget()

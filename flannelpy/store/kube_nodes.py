@@ -163,12 +163,12 @@ class Nodes:
                 if self._unreadable.get(name) != found.reason:
                     unreadable[name] = self._unreadable[name] = found.reason
                 continue
-            self._unreadable.pop(name, None)
+            was_unreadable = self._unreadable.pop(name, None) is not None
             unreadable.pop(name, None)
             known = self.leases.get(name)
             if lease is None:
-                if known is not None:
-                    del self.leases[name]
+                if known is not None or was_unreadable:  # then what was known of it before has stayed
+                    self.leases.pop(name, None)
                     put.pop(name, None)
                     gone[name] = None
             elif known is None or not _is_same(known, lease):

@@ -338,6 +338,38 @@ def test_hostile_nodes_hide_nobody(stand_in: StandIn) -> None:
     run(scenario)
 
 
+def test_a_node_that_became_unreadable_goes(stand_in: StandIn) -> None:
+    """What was known of it stays, over a new listing too, until it is deleted or takes no part any more."""
+    filled(stand_in)
+    stand_in.do("options", {"gone_by": "status"})
+
+    async def scenario() -> None:
+        store = store_of(stand_in, "n1")
+        await store.acquire(V4, offer(1), NOTHING)
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            await table.until(lambda t: len(t.seen) > 1)
+            for name in ("big-00001", "big-00002"):
+                stand_in.annotate(name, backend_data="{")
+            stand_in.do("compact")
+            stand_in.do("skip", 1)
+            stand_in.do("answers", [{"verb": "watch", "how": "status", "code": 410}])
+            stand_in.do("cut", "clean")
+            await table.until(lambda t: sum(isinstance(u, Snapshot) for u in t.seen) == 2)
+            assert dict(table.seen[-1].unreadable).keys() == {"big-00001", "big-00002"}
+            stand_in.delete_node("big-00001")
+            stand_in.annotate("big-00002", kube_subnet_manager=None)
+            gone: set[str] = set()
+            async with asyncio.timeout(10):
+                while gone != {"big-00001", "big-00002"}:
+                    update = await anext(source)
+                    assert isinstance(update, Delta)
+                    gone |= set(update.gone)
+        await store.close()
+
+    run(scenario)
+
+
 def test_the_node_of_a_pod(stand_in: StandIn) -> None:
     stand_in.add_node("n1", ("10.244.1.0/24",))
     pod = {"metadata": {"name": "p"}, "spec": {"nodeName": "n1"}}
