@@ -7,7 +7,7 @@ peers send from their own subnets, or everything where the network says so.
 """
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from flannelpy.model.address import Address, Mac, parse_mac
@@ -71,16 +71,41 @@ def peer_filter(port: int, here: Iterable[Address], leases: Iterable[Lease], *, 
     peers: set[Address] = set(here)
     macs: set[Mac] = set()
     for lease in leases:
-        attrs = lease.attrs
-        peers.update(filter(None, (attrs.public_ip, attrs.public_ipv6)))
-        macs.update(_macs(attrs.backend_data))
-        macs.update(_macs(attrs.backend_v6_data))
+        public_ip, public_ipv6, _type, data, data6 = lease.attrs
+        if public_ip:
+            peers.add(public_ip)
+        if public_ipv6:
+            peers.add(public_ipv6)
+        if data:
+            macs.update(_macs(data))
+        if data6:
+            macs.update(_macs(data6))
     return PeerFilter(port, frozenset(here), frozenset(peers), frozenset(macs), enforce)
 
 
-def _macs(data: Any) -> Iterable[Mac]:
-    if isinstance(data, dict):
-        for key, value in data.items():
-            if isinstance(key, str) and key.lower() == "vtepmac" and isinstance(value, str):
-                with suppress(ValueError):
-                    yield parse_mac(value)
+def _macs(data: Any) -> tuple[Mac, ...]:
+    if not isinstance(data, dict):
+        return ()
+    if "VtepMAC" in data and len(data) == 2:  # as everybody writes it: all leases are read after each change
+        return _mac(data["VtepMAC"])
+    return tuple(
+        mac
+        for key, value in data.items()
+        if isinstance(key, str) and key.lower() == "vtepmac"
+        for mac in _mac(value)
+    )
+
+
+def _mac(value: Any) -> tuple[Mac, ...]:
+    return _parsed(value) if isinstance(value, str) and len(value) == _MAC_LENGTH else ()
+
+
+@lru_cache(maxsize=1 << 14)
+def _parsed(text: str) -> tuple[Mac, ...]:
+    try:
+        return (parse_mac(text),)
+    except ValueError:
+        return ()
+
+
+_MAC_LENGTH = 17
