@@ -1,5 +1,7 @@
 """The udp backend's fast path: whole daemons on veths, whose forwarders should have little to do."""
 
+import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -109,6 +111,33 @@ def test_packets_flow_on_while_daemons_and_forwarders_come_and_go(lab: Lab) -> N
     assert_none_lost(flowing, one, two)
     settled(lab, one, two)
     wait_until(lambda: carried_by_forwarder(lab, one, two) == 0, "the forwarders to have nothing to do")
+
+
+@pytest.mark.parametrize("config", [UDP, AUTO], ids=["forwarder", "fast path"])
+def test_what_a_restart_costs_in_a_pid_namespace_of_its_own(lab: Lab, config: dict[str, object]) -> None:
+    """As in a container: the forwarder ends with the daemon. What the kernel carries goes on."""
+    lab.put_config(config)
+    one, two = lab.add_node(), lab.add_node()
+    boxed = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *PROGRAM)
+    wait_ready([lab.start_daemon(one, boxed), lab.start_daemon(two)])
+    for node in (one, two):
+        lab.add_pod(node)
+    reach(lab, one, address(two))
+    if config is AUTO:
+        settled(lab, one, two)
+    flowing = flow(lab, two, one, 400)
+    assert one.daemon is not None
+    stop([one.daemon])
+    wait_ready([lab.start_daemon(one, boxed)])
+    flowing.popen.wait(40)
+    sent, received = map(int, re.findall(r"(\d+) packets transmitted, (\d+) received", log_of(flowing))[0])
+    assert sent == 400
+    if os.environ.get("FLANNELPY_TABLE"):
+        sys.stderr.write(f"\n{sent - received} of {sent} pings lost, one each 10 ms\n")
+    if config is AUTO:
+        assert received == sent
+    else:
+        assert 0 < sent - received < 300
 
 
 def test_a_filter_of_somebody_else_stays_and_ours_comes_back(lab: Lab) -> None:
