@@ -88,6 +88,8 @@ class Claim:
         self._meanwhile: dict[str, Lease | int] = {}
         """While a lease is claimed: key -> what was written there last, or the revision of its deletion."""
         self._new_history = False
+        self._histories = 0
+        """How many have begun so far."""
         self._began = 0
         """The revision at which we met the present history."""
         self._resumed = False
@@ -137,6 +139,7 @@ class Claim:
             known = theirs is not None or own.key in dict(update.unreadable)
             self._lost = not known or (theirs is not None and theirs.revision < own.revision)
             if update.new_history:
+                self._histories += 1
                 # Its revisions cannot be compared with ours. Restored as we wrote it, the record is ours.
                 self._lost = theirs != own
                 self._began = update.revision
@@ -182,7 +185,13 @@ class Claim:
                 own = own._replace(attrs=self._offer(own, ()))
             lost, self._lost = self._lost, False
             self._lost = lost and self._new_history
+            history = self._histories
             renewed = await self._ask(partial(self._renew, own), "renew our lease")
+            if renewed is not None and history != self._histories:
+                # The answer is of a history that has ended on its way.
+                self.own, self._lost = renewed, True
+                self._wake.set()
+                continue
             if renewed is None:
                 self._lost = self._lost or lost
                 await self._recover(own)

@@ -55,6 +55,8 @@ def decide(
     `lost`: what a node that starts knows of a history that ended; given to it only if nothing else is free.
     """
     mine = own_leases(listing, ours)
+    if running:
+        mine += [lease for lease in listing.leases.values() if _is_of_a_backup(lease, ours, running)]
     # Of two pairs with one half in common the older one counts, whoever made the other one again.
     settled = [lease for lease in mine if not has_rival(listing, lease)]
     fitting = [lease for lease in settled if is_compatible(config, lease.subnet, lease.subnet6)]
@@ -111,6 +113,13 @@ def _is_former(lease: Lease, own: Lease) -> bool:
     """
     data = [(attrs.backend_data, attrs.backend_v6_data) for attrs in (lease.attrs, own.attrs)]
     return _pair(lease) == _pair(own) and (lease.attrs == own.attrs or data[0] == data[1] != (None, None))
+
+
+def _is_of_a_backup(lease: Lease, ours: LeaseAttrs, running: Running) -> bool:
+    """Whether it is our own record of the time when we had another address and another subnet."""
+    data = [(attrs.backend_data, attrs.backend_v6_data) for attrs in (lease.attrs, running.own.attrs)]
+    is_ours = not same_node(lease.attrs, ours) and data[0] == data[1] != (None, None)
+    return is_ours and lease.etcd_lease_id != 0 and lease.revision <= running.began
 
 
 def _pair(lease: Lease) -> Pair:

@@ -239,8 +239,9 @@ class EtcdStore:
                     continue
                 changes = changes_of(response.events, len(self._records.first))
                 again = [change for change in changes if change[1].revision <= head.revision]
-                is_another = repeats and bool(changes) and not seen.begins_with(changes[0])
-                if is_another or (repeats and not changes) or not seen.explains(again):
+                is_other_start = repeats and bool(changes) and not seen.begins_with(changes[0])
+                is_another = is_other_start or not seen.explains(again)
+                if is_another or (repeats and not changes):
                     yield self._told(await self._records.read_all(), is_another=is_another)
                     return
                 repeats = False

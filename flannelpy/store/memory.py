@@ -354,8 +354,8 @@ class MemoryStore:
         again = self.data.between(seen.last, seen.head.revision)
         if seen.last and (not again or not seen.begins_with(again[0])):
             return True, True
-        is_another = seen.is_contradicted(self.data.listing(), now)
-        return is_another or not seen.explains(again), is_another
+        is_another = seen.is_contradicted(self.data.listing(), now) or not seen.explains(again)
+        return is_another, is_another
 
     async def _travel(self) -> None:
         """The way of the news to this node: what is read after it is delivered at once."""

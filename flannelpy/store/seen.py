@@ -103,10 +103,7 @@ class Seen:
         return record.revision == self.last and known in (None, was)
 
     def explains(self, changes: Sequence[tuple[bool, Record]]) -> bool:
-        """Whether these changes, (deleted, record) up to `head`, led to what was seen.
-
-        A no is a reason to look at all records. After a listing not every change before it is known.
-        """
+        """Whether these changes, (deleted, record) up to `head`, led to what was seen: this very history."""
         latest = {record.key: (deleted, record) for deleted, record in changes}
         for key, (deleted, record) in latest.items():
             known = self.marks.get(key, _NEVER)

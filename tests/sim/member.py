@@ -83,15 +83,15 @@ class SimStore(MemoryStore):
         self.doubts = 0.0
         """Until when it may take an older record of a new history for one of a backup."""
         self._last: dict[str, Lease] = {}
+        self._former: dict[str, Lease] = {}
         self.began = 0
         """At which revision it met the present history,"""
         self.met = 0.0
         """and when; one that is as it was meets nobody."""
 
-    @property
-    def saw_nothing(self) -> bool:
-        """Whether it has met the present history, and no record of it yet."""
-        return self.alive and self._seen.head is not None and not self._seen.last
+    def last_told(self, key: str) -> Lease | None:
+        """The record as it was told last before the present history was met."""
+        return self._former.get(key)
 
     async def _trip(self) -> None:
         random = self.member.world.random
@@ -163,6 +163,7 @@ class SimStore(MemoryStore):
                 self.spoke = True
                 self.listed = self.listed or isinstance(update, Snapshot)
                 if isinstance(update, Snapshot) and update.new_history:
+                    self._former = dict(self._last)
                     self.began, self.met = update.revision, asyncio.get_running_loop().time()
                 told = update.leases if isinstance(update, Snapshot) else update.put
                 if isinstance(update, Snapshot) and update.new_history:
@@ -271,6 +272,11 @@ class Member:
             self.steps_to_live = 0
             await asyncio.sleep(self.world.random.uniform(0.1, 2.0))
             self.world.fault_until(0.0)
+
+    def seen_head(self) -> int | None:
+        """Up to which revision its store has told it of a history."""
+        head = self.store.head if self.store is not None else None
+        return None if head is None else head.revision
 
     async def _parts(self) -> Parts:
         world = self.world

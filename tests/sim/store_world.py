@@ -44,9 +44,14 @@ class StoreRecords(Records):
     def restore(self, backup: MemoryData) -> None:
         world = self.world
         world.strays += world.leftovers()
-        before = dict(self.records)
+        before, changes = dict(self.records), self.between(0, self.revision)
         super().restore(backup)
-        world.blind = {one for one in (*world.members, *world.twins) if one.store and one.store.saw_nothing}
+        again = self.between(0, self.revision)
+        world.blind = {
+            one
+            for one in (*world.members, *world.twins)
+            if (head := one.seen_head()) is not None and _up_to(head, changes) == _up_to(head, again)
+        }
         world.unaware |= {owner for key, was in before.items() if (owner := world.did_not_see(key, was))}
         world.began = world.loop.time()
         world.withdrawals.new_history(world.began, self.records)
@@ -58,6 +63,10 @@ class StoreRecords(Records):
     def set_config(self, text: str | None) -> None:
         super().set_config(text)
         self.world.config_changed()
+
+
+def _up_to(revision: int, changes: list[tuple[bool, Record]]) -> list[tuple[bool, Record]]:
+    return [change for change in changes if change[1].revision <= revision]
 
 
 class StoreWorld(World):
@@ -74,7 +83,7 @@ class StoreWorld(World):
         """Clone -> the machine that it is a copy of."""
         self.left: set[Member] = set()
         self.blind: set[Member] = set()
-        """Nodes that had seen no record of the history that the present one took the place of."""
+        """Nodes for which the present history is how the one that they had seen may have gone on."""
         self.unaware: set[Member] = set()
         """Nodes whose record was given away and brought back by a restore before they saw either."""
         self.strays: list[Lease] = []
@@ -265,7 +274,9 @@ class StoreWorld(World):
             if peer in (author, self.twins.get(author)) or not checks.overlap(lease.key, [told.lease.key]):
                 continue
             self.withdrawals.displaced(peer)
-            knows = any(
+            # Of another network that it was in it has forgotten all.
+            remembers = author.memory is None or not compare(self.config, author.memory.config).pending
+            knows = (author.health.ready or remembers) and any(
                 route.destination in told.lease.subnets() and route.key not in author.foreign.routes
                 for route in author.kernel.state.routes.values()
             )
@@ -370,12 +381,13 @@ class StoreWorld(World):
         peer, lease = harmed
         record = self.data.records.get(lease.key)
         is_change = isinstance(op, Put) or isinstance(op.item, FdbEntry | Neighbour)  # the route stays
-        if is_change and record is not None and record.revision > lease.revision:
+        known = store.last_told(lease.key) if store is not None else None
+        if is_change and record is not None and record.revision > (known or lease).revision:
             return  # restored from a backup with higher revisions: by all that can be known it is newer
         if not self._is_inside(lease):
             return  # that one was
         if member in self.blind and store is not None and store.met < self.began:
-            return  # an empty history can have gone on to any other, if its id is the same
+            return  # it may have: nobody can tell that it has not
         if self._is_reserved_elsewhere(lease):
             return  # two places for one MAC, and a reservation stays: only an operator can end that
         at = self.withdrawals.told[peer].at

@@ -344,6 +344,24 @@ def test_in_a_new_history_a_record_that_is_as_we_wrote_it_is_written_again(
     run(test)
 
 
+def test_an_answer_of_a_history_that_ended_meanwhile_is_none() -> None:
+    async def test(claim: Claim, store: ScriptedStore, moved: list[Lease]) -> None:
+        async def renew(own: Lease) -> Lease:
+            written = store._write(own)
+            # Restored: the record is as we wrote it before. Then the answer comes.
+            claim.notice(Snapshot((own,), written.revision, new_history=True))
+            return written
+
+        store.renew = renew  # type: ignore[method-assign]
+        store.configs = ['{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}']
+        claim._renew_at = 0.0
+        claim._wake.set()
+        await until(lambda: store.acquired == 2)
+        assert len(moved) == 1
+
+    run(test)
+
+
 def test_a_lease_from_memory_is_written_as_soon_as_the_store_answers() -> None:
     async def main() -> None:
         store, moved = ScriptedStore(), list[Lease]()

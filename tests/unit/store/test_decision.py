@@ -149,3 +149,25 @@ def test_a_node_that_starts_into_another_history_leaves_the_subnets_of_the_forme
     previous = Previous(None, lost[0][0])
     assert decide(SMALL, listing(), ME, previous, [], Random(1), lost=lost) == Create(*lost[0])
     assert isinstance(decide(SMALL, listing(), ME, Previous(), [], Random(1), lost=lost), Create)
+
+
+def test_our_own_record_of_a_backup_under_another_address_gives_way_to_what_we_have_now() -> None:
+    """Half of its pair is ours still; without a look at the MAC it would be another node's."""
+    data = {"VNI": 1, "VtepMAC": "02:00:00:00:00:01"}
+    before = node("192.0.2.77")._replace(backend_data=data)
+    table = read_listing([Record("10.5.1.0-24&fd00:5:0:1::-64", encode_attrs(before).encode(), 5, 5, 5)], 100)
+    (old,) = table.leases.values()
+    own = old._replace(
+        key="10.5.2.0-24&fd00:5:0:1::-64",
+        subnet=parse_prefix("10.5.2.0/24"),
+        attrs=ME._replace(backend_data=data),
+    )
+    dual = parse_config('{"Network":"10.5.0.0/22","EnableIPv6":true,"IPv6Network":"fd00:5::/48"}')
+
+    def choice(began: int) -> TakeOver | Create | MakeRoom:
+        return decide(dual, table, own.attrs, Previous(), [], Random(1), Running(own, (), began))
+
+    assert choice(began=5) == MakeRoom((old,))
+    later = choice(began=4)  # written since: by another machine, which has our MAC
+    assert isinstance(later, Create)
+    assert later.subnet6 != own.subnet6
