@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from flannelpy.errors import StoreError
 from flannelpy.model.lease import Lease
@@ -231,8 +233,21 @@ def _change_password(etcd: EtcdProcess, password: str) -> None:
     etcd.ctl("user", "grant-role", "node", "nodes")
 
 
-def test_a_token_that_ran_out_is_replaced_and_a_watch_outlives_it(start_etcd: Start) -> None:
-    etcd = guarded(start_etcd, "secret", "--auth-token-ttl=1")
+def signed_tokens(folder: Path, seconds: int) -> str:
+    """The flag by which etcd signs its tokens, with a key made for it, instead of keeping a list of them."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    private, public = folder / "jwt.key", folder / "jwt.pub"
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return f"--auth-token=jwt,pub-key={public},priv-key={private},sign-method=RS256,ttl={seconds}s"
+
+
+@pytest.mark.parametrize("kind", ["simple", "jwt"])
+def test_a_token_that_ran_out_is_replaced_and_a_watch_outlives_it(
+    start_etcd: Start, tmp_path: Path, kind: str
+) -> None:
+    flag = "--auth-token-ttl=1" if kind == "simple" else signed_tokens(tmp_path, 1)
+    etcd = guarded(start_etcd, "secret", flag)
 
     async def scenario() -> None:
         client = EtcdClient([etcd.endpoint], None, Login("node", "secret"))
@@ -246,6 +261,27 @@ def test_a_token_that_ran_out_is_replaced_and_a_watch_outlives_it(start_etcd: St
             assert client._token != token
             assert client.requests["authenticate"] == 2
             assert client.requests["watch"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_signed_token_outlives_a_restart_of_etcd(start_etcd: Start, tmp_path: Path) -> None:
+    """But not a change of users or rights: etcd refuses the older ones then."""
+    etcd = guarded(start_etcd, "secret", signed_tokens(tmp_path, 300))
+
+    async def scenario() -> None:
+        client = EtcdClient([etcd.endpoint], None, Login("node", "secret"))
+        async with watching(client) as (store, own, updates):
+            await asyncio.to_thread(etcd.restart)
+            await asyncio.to_thread(put_peer, etcd, 2)
+            await updates.until(lambda u: "10.9.2.0-24" in u.table)
+            own = await store.renew(own) or own
+            assert client.requests["authenticate"] == 1
+            await asyncio.to_thread(etcd.ctl, "user", "add", "another:secret")
+            assert await store.renew(own) is not None
+            assert client.requests["authenticate"] == 2
+            await asyncio.to_thread(put_peer, etcd, 3)
+            await updates.until(lambda u: "10.9.3.0-24" in u.table)
 
     asyncio.run(scenario())
 
