@@ -22,7 +22,7 @@ from tests.etcd.conftest import Start
 from tests.etcd.proxy import Proxy
 from tests.etcd.store_contract import NOTHING, V4, Updates, attrs, offer
 from tests.etcd.test_etcd_store import EtcdLab, lab
-from tests.etcd_process import ETCDCTL, EtcdProcess
+from tests.etcd_process import RESTORER, EtcdProcess
 
 pytestmark = pytest.mark.etcd
 
@@ -43,13 +43,13 @@ def backup(etcd: EtcdProcess) -> Path:
 
 def restore(etcd: EtcdProcess, path: Path) -> None:
     """Start with the backup's records, as another cluster."""
-    assert ETCDCTL is not None
+    assert RESTORER is not None
     etcd.kill()
     data = etcd.directory / "data"
     shutil.rmtree(data)
     peers = etcd.flag("--initial-cluster")
     subprocess.run(
-        [ETCDCTL, "snapshot", "restore", str(path), f"--data-dir={data}", "--name=test",
+        [RESTORER, "snapshot", "restore", str(path), f"--data-dir={data}", "--name=test",
          f"--initial-cluster={peers}", f"--initial-advertise-peer-urls={peers.partition('=')[2]}",
          "--initial-cluster-token=restored"],
         check=True, capture_output=True, env={"ETCDCTL_API": "3"},

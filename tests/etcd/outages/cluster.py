@@ -22,6 +22,7 @@ from typing import Any
 from flannelpy.cli.lab import ETCD_PREFIX, Lab, Node
 from flannelpy.cli.processes import LabError, Process, run, wait_until
 from tests.certificates import Authority, Issued
+from tests.etcd_process import RESTORER
 
 PASSWORD = "correct horse"  # noqa: S105
 _AUTH = (
@@ -246,7 +247,8 @@ class EtcdCluster:
             self.stop(number)
         for number, host in enumerate(self.hosts):
             shutil.rmtree(self._data[number])
-            run("env", "ETCDCTL_API=3", "etcdctl", "snapshot", "restore", str(backup),
+            assert RESTORER is not None
+            run("env", "ETCDCTL_API=3", RESTORER, "snapshot", "restore", str(backup),
                 f"--name=m{number}", f"--data-dir={self._data[number]}",
                 f"--initial-cluster={self._members()}", f"--initial-cluster-token={self._token}",
                 f"--initial-advertise-peer-urls=http://{host.address}:2380", netns=host.netns)  # fmt: skip
