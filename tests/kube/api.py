@@ -160,23 +160,26 @@ class RealApi(ApiServer):
         assert KUBE_APISERVER is not None
         self.port = port or free_port()
         (folder / "tokens.csv").write_text(f"{TOKEN},admin,admin,system:masters\n")
-        self._log = (folder / "apiserver.log").open("wb")
-        self._process = subprocess.Popen(
-            [*command, KUBE_APISERVER, f"--etcd-servers={etcd}", f"--bind-address={address}",
-             f"--secure-port={self.port}", f"--advertise-address={address}",
-             "--endpoint-reconciler-type=none",
-             f"--tls-cert-file={self.pair.certificate}", f"--tls-private-key-file={self.pair.key}",
-             "--service-account-issuer=https://test.example",
-             f"--service-account-key-file={self.pair.certificate}",
-             f"--service-account-signing-key-file={self.pair.key}", "--authorization-mode=RBAC",
-             f"--token-auth-file={folder / 'tokens.csv'}", "--disable-admission-plugins=ServiceAccount",
-             "--service-cluster-ip-range=10.99.0.0/24", f"--cert-dir={folder}"],
-            stdout=self._log, stderr=self._log,
-        )  # fmt: skip
+        self._command = [
+            *command, KUBE_APISERVER, f"--etcd-servers={etcd}", f"--bind-address={address}",
+            f"--secure-port={self.port}", f"--advertise-address={address}", "--endpoint-reconciler-type=none",
+            f"--tls-cert-file={self.pair.certificate}", f"--tls-private-key-file={self.pair.key}",
+            "--service-account-issuer=https://test.example",
+            f"--service-account-key-file={self.pair.certificate}",
+            f"--service-account-signing-key-file={self.pair.key}", "--authorization-mode=RBAC",
+            f"--token-auth-file={folder / 'tokens.csv'}", "--disable-admission-plugins=ServiceAccount",
+            "--service-cluster-ip-range=10.99.0.0/24", f"--cert-dir={folder}",
+        ]  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        path = self.folder / "apiserver.log"
+        with path.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
         deadline = time.monotonic() + 60
         while not self._answers():
-            assert self._process.poll() is None, (folder / "apiserver.log").read_text()[-2000:]
-            assert time.monotonic() < deadline, (folder / "apiserver.log").read_text()[-2000:]
+            assert self._process.poll() is None, path.read_text()[-2000:]
+            assert time.monotonic() < deadline, path.read_text()[-2000:]
             time.sleep(0.2)
 
     def _answers(self) -> bool:
@@ -189,4 +192,3 @@ class RealApi(ApiServer):
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._log.close()

@@ -18,7 +18,7 @@ from flannelpy.model.subnet import Previous
 from flannelpy.store.kube import KubeStore
 from flannelpy.store.kube_client import KubeClient, KubeError, node_path
 from flannelpy.store.kube_config import from_kubeconfig
-from tests.kube.api import PREFIX, ApiServer
+from tests.kube.api import PREFIX, ApiServer, RealApi
 
 V4 = parse_config('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}')
 DUAL = parse_config(
@@ -262,6 +262,31 @@ def test_the_mac_is_remembered(api: ApiServer) -> None:
         assert seen == [(data, ["n2"])]
 
     run(scenario)
+
+
+def test_what_a_kube_apiserver_has_forgotten(real_api: RealApi) -> None:
+    """After its restart its cache begins later than where we are: 410 as an event, and a new list."""
+    for name, cidr in (("n1", "10.244.1.0/24"), ("n2", "10.244.2.0/24"), ("n3", "10.244.3.0/24")):
+        real_api.add_node(name, (cidr,), {PREFIX + key: text for key, text in MANAGED.items()})
+
+    async def scenario() -> None:
+        store = store_of(real_api, "n1")
+        await store.acquire(V4, offer(1), NOTHING)
+        real_api.delete_node("n2")
+        real_api.stop()
+        real_api.start()
+        store._nodes.revision = 1
+        async with aclosing(store.watch()) as source:
+            table = Table(source)
+            await table.until(lambda t: sum(isinstance(u, Snapshot) for u in t.seen) == 2, 30)
+            assert set(table.leases) == {"n1", "n3"}
+            assert not any(isinstance(update, Snapshot) and update.new_history for update in table.seen)
+            real_api.delete_node("n3")
+            await table.until(lambda t: "n3" not in t.leases)
+        await store.close()
+
+    run(scenario)
+    real_api.delete_node("n1")
 
 
 def test_the_rights_of_the_manifest_are_enough_and_no_more(real_api: ApiServer) -> None:
