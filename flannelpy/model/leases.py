@@ -60,7 +60,12 @@ class Leases:
         self._make_room([lease for lease in update.leases if self._is_news(lease)])
         if from_memory:
             self._release(_overlapped(update.leases, self.held))
-            self._release([key for lease in update.leases for key in self._former_addresses(lease)])
+            self._release([
+                key
+                for lease in update.leases
+                for key in self._former_addresses(lease)
+                if lease.revision > self.held[key].lease.revision
+            ])  # fmt: skip
             # Later than all that an earlier life saw, so no backup of that time.
             newest = max((lease.revision for lease in self.known.values()), default=0)
             later = [lease for lease in update.leases if lease.revision > newest]

@@ -384,6 +384,8 @@ class StoreWorld(World):
         known = store.last_told(lease.key) if store is not None else None
         if is_change and record is not None and record.revision > (known or lease).revision:
             return  # restored from a backup with higher revisions: by all that can be known it is newer
+        if self._is_elsewhere_since(lease, (known or lease).revision):
+            return  # the same, and it has another subnet there
         if not self._is_inside(lease):
             return  # that one was
         if member in self.blind and store is not None and store.met < self.began:
@@ -399,6 +401,19 @@ class StoreWorld(World):
             and not self._is_claimed_since(peer, lease)
         ):
             self.violation(f"{member} withdraws {peer}, which lives with {lease.key}: {op}")
+
+    def _is_elsewhere_since(self, lease: Lease, revision: int) -> bool:
+        """Whether a record that looks newer tells of that machine in another subnet."""
+        there = [read_lease(record) for record in self.data.records.values() if record.revision > revision]
+        data = (lease.attrs.backend_data, lease.attrs.backend_v6_data)
+        return any(
+            one.key != lease.key
+            and (
+                same_node(one.attrs, lease.attrs)
+                or (one.attrs.backend_data, one.attrs.backend_v6_data) == data != (None, None)
+            )
+            for one in there
+        )
 
     def _is_reserved_elsewhere(self, lease: Lease) -> bool:
         """Whether a reservation has its MAC under an address that it had once."""
