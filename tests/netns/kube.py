@@ -66,7 +66,9 @@ class Cluster:
 
     def add_node(self, *, cidr: bool = True) -> Node:
         node = self.lab.add_node()
-        self.api.add_node(node.name, (f"10.244.{node.number}.0/24",) if cidr else ())
+        # As the controller manager's: a flannel needs that there is any annotation.
+        cidrs = (f"10.244.{node.number}.0/24",) if cidr else ()
+        self.api.add_node(node.name, cidrs, {"node.alpha.kubernetes.io/ttl": "0"})
         return node
 
     def start(self, node: Node, command: Sequence[str] = OURS, flags: Sequence[str] = ()) -> Process:

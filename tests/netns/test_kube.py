@@ -202,11 +202,16 @@ def test_nodes_come_and_go_while_the_api_server_is_in_trouble(make_cluster: Call
 
 
 @pytest.mark.skipif(not FLANNELD, reason="FLANNELD does not name a flannel to compare with")
-@pytest.mark.parametrize("backend", ["vxlan", "host-gw"])
+@pytest.mark.parametrize(
+    ("backend", "real"),
+    [("vxlan", False), ("host-gw", False), pytest.param("vxlan", True, marks=needs_real)],
+)
 @pytest.mark.parametrize("first", ["flannel", "flannelpy"])
-def test_a_node_moves_over(make_cluster: Callable[..., Cluster], backend: str, first: str) -> None:
+def test_a_node_moves_over(
+    make_cluster: Callable[..., Cluster], backend: str, real: bool, first: str
+) -> None:
     """Beside a node that stays; daemons are exchanged under a flow, and the annotations stay equal."""
-    cluster = make_cluster(backend)
+    cluster = make_cluster(backend, real=real)
     lab = cluster.lab
     programs = {"flannel": (FLANNELD,), "flannelpy": OURS}
     second = "flannelpy" if first == "flannel" else "flannel"
