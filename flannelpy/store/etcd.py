@@ -152,9 +152,7 @@ class EtcdStore:
         wanted = own._replace(etcd_lease_id=grant)
         read = pb.RequestOp(request_range=pb.RangeRequest(key=self._records.key(own.key)))
         try:
-            reply = await self._client.txn(
-                [self._records.unchanged(own)], [self._records.put(wanted)], [read]
-            )
+            reply = await self._client.txn(self._records.unchanged(own), [self._records.put(wanted)], [read])
         except OutcomeUnknownError:
             self._doubtful.add(grant)
             return await self._after_lost_answer(own)

@@ -167,7 +167,7 @@ class Acquisition:
         """(the record as written, None if the comparison failed; all records)."""
         records = self._records
         takes_over = isinstance(decision, TakeOver)
-        compare = [records.unchanged(wanted)] if takes_over else records.free(wanted)
+        compare = records.unchanged(wanted) if takes_over else records.free(wanted)
         success = [records.put(wanted)]
         # Two pairs may share an IPv6 subnet and be two keys: see, in the same step, who was there first.
         is_pair = wanted.subnet is not None and wanted.subnet6 is not None

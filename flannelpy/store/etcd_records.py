@@ -59,14 +59,18 @@ class EtcdRecords:
         """The Range over all records, for a transaction."""
         return pb.RequestOp(request_range=pb.RangeRequest(key=self.first, range_end=self.end))
 
-    def unchanged(self, lease: Lease) -> pb.Compare:
-        """The record's last change is the one that we know."""
-        return pb.Compare(
-            result=pb.Compare.EQUAL,
-            target=pb.Compare.MOD,
-            key=self.key(lease.key),
-            mod_revision=lease.revision,
-        )
+    def unchanged(self, lease: Lease) -> list[pb.Compare]:
+        """The record's last change is the one that we know.
+
+        Another history may have another change under the same revision: hardly with the same beginning.
+        """
+        key = self.key(lease.key)
+        return [
+            pb.Compare(result=pb.Compare.EQUAL, target=pb.Compare.MOD, key=key, mod_revision=lease.revision),
+            pb.Compare(
+                result=pb.Compare.EQUAL, target=pb.Compare.CREATE, key=key, create_revision=lease.created
+            ),
+        ]
 
     def free(self, lease: Lease) -> list[pb.Compare]:
         """There is no record of this key, and none that pairs its IPv4 subnet with another IPv6 subnet."""
@@ -82,7 +86,7 @@ class EtcdRecords:
         """Delete a record unless somebody has changed it since; whether it is gone by our hand."""
         key = self.key(lease.key)
         delete = pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key))
-        reply = await self.client.txn([self.unchanged(lease)], [delete])
+        reply = await self.client.txn(self.unchanged(lease), [delete])
         return reply.succeeded
 
     async def retire(self, lease_id: int) -> None:
@@ -113,7 +117,7 @@ class EtcdRecords:
         put = pb.PutRequest(
             key=self._signatures + lease.key.encode(), value=identity.encode(), lease=lease.etcd_lease_id
         )
-        await self.client.txn([self.unchanged(lease)], [pb.RequestOp(request_put=put)])
+        await self.client.txn(self.unchanged(lease), [pb.RequestOp(request_put=put)])
 
     async def unsign(self, name: str) -> bool:
         """Delete what `sign` left of a record that is gone; on an etcd lease it goes by itself."""

@@ -300,7 +300,7 @@ class MemoryStore:
     def _replace(self, old: Lease, new: Lease) -> Lease | None:
         """Write a record if it is still as we know it."""
         record = self.data.records.get(old.key)
-        if record is None or record.revision != old.revision:
+        if record is None or (record.created, record.revision) != (old.created, old.revision):
             return None
         value = encode_attrs(new.attrs).encode()
         return new._replace(revision=self.data.put(new.key, value, new.etcd_lease_id))
