@@ -179,6 +179,8 @@ class StoreWorld(World):
     def excused(self, member: Member) -> list[Lease]:
         """What may be held: nobody can know that a node is gone, or moved before the new history was met."""
         met = member.store.met if member.store is not None else 0.0
+        if not met and not (member.memory is not None and member.memory.held):
+            return []  # it holds nobody
         told, ever = self.withdrawals.told, self.withdrawals.ever
         held = [
             lease

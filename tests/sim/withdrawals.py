@@ -15,7 +15,7 @@ from tests.sim import checks
 from tests.sim.checks import Shape
 from tests.sim.member import Member
 
-_LAG_SECONDS = 2.0
+_LAG_SECONDS = 0.2
 """This long after a record came back a peer may still act on its deletion."""
 
 
