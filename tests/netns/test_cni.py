@@ -80,7 +80,7 @@ def assert_all_reach_all(lab: Lab, pods: Sequence[tuple[str, list[str]]]) -> Non
                     )
 
 
-PACKETS = 6000
+PACKETS = 12000
 """Enough for three restarts."""
 
 
