@@ -6,7 +6,7 @@ from contextlib import closing, suppress
 
 from flannelpy.doctor.facts import Path
 from flannelpy.doctor.paths import OTHER_PORTS, Destination
-from flannelpy.kernel.probe import Prober, Wrapping, wrapped_echo
+from flannelpy.kernel.probe import SECONDS, Prober, Wrapping, wrapped_echo
 from flannelpy.model import packet
 from flannelpy.model.address import Address
 
@@ -89,8 +89,10 @@ def _tunnel(path: Path, to: Destination, under: Prober) -> Path:
     way = Wrapping(
         to.local, path.remote, path.port, to.vni, to.own_mac, path.mac or b"", to.source, to.target
     )
+    # A forwarder takes its time on a busy host; a kernel does not.
+    patience = SECONDS if to.vni is None else under.patience
     with suppress(OSError):
-        answer = wrapped_echo(to.uplink, way, under.patience)
+        answer = wrapped_echo(to.uplink, way, patience)
         if answer is not None:
             return path._replace(tunnel=answer.seconds)
         if to.vni is not None:

@@ -34,6 +34,10 @@ _LOOK_SECONDS = 5.0
 """Between two looks at the config's file. kubelet replaces it by way of a link, a minute after a change."""
 _WAIT_SECONDS = 60
 """How long one watch waits for our node to get its podCIDR."""
+_BOOT_SECONDS = 180.0
+"""A machine that has been up for less may be one of very many."""
+_SPREAD_SECONDS = 3.0
+"""So long they wait at most before their first list."""
 _REPORT_SECONDS = (1.0, 60.0)
 """First and longest wait before a condition is sent once more."""
 
@@ -41,7 +45,8 @@ _REPORT_SECONDS = (1.0, 60.0)
 class KubeStore:
     """The Store in Kubernetes; owns the client.
 
-    `on_trouble` is told in one line why it cannot go on, and None once it can again.
+    `on_trouble` is told in one line why it cannot go on, and None once it can again. `up_for` tells for how
+    many seconds the machine has been up.
     """
 
     def __init__(
@@ -54,12 +59,14 @@ class KubeStore:
         set_condition: bool,
         random: Random | None = None,
         on_trouble: Callable[[str | None], None] | None = None,
+        up_for: Callable[[], float] | None = None,
     ) -> None:
         self._client = client
         self._environ = environ
         self._prefix = key_prefix(prefix)
         self._random = random or SystemRandom()
         self._on_trouble = on_trouble
+        self._up_for = up_for or partial(time.clock_gettime, time.CLOCK_BOOTTIME)
         self._troubles: dict[str, str] = {}
         self._set_condition = set_condition
         self._nodes = Nodes(client, self._prefix, self._random)
@@ -189,6 +196,7 @@ class KubeStore:
         self._lacking = None
         self._report("podCIDR", None)
         if not self._watching:
+            await self._spread()
             self._handed = await self._nodes.read_all()
         others = tuple(lease for name, lease in self._nodes.leases.items() if name != node.name)
         own = await self._write(node, offer(codec.remembered_of(node, families), others))
@@ -198,6 +206,11 @@ class KubeStore:
             bad = tuple(one for one in self._handed.unreadable if one[0] != own.key)
             self._handed = self._handed._replace(leases=leases, unreadable=bad)
         return own
+
+    async def _spread(self) -> None:
+        """After a power cut all nodes start at once: not all of them list all of them at once."""
+        if self._up_for() < _BOOT_SECONDS:
+            await asyncio.sleep(self._random.uniform(0.0, _SPREAD_SECONDS))
 
     async def _write(self, node: codec.Node, attrs: LeaseAttrs) -> Lease:
         """Make the annotations say this -> our lease as peers read it."""

@@ -42,6 +42,7 @@ class Proxy:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0.01)  # until the connections that were given up are gone
 
     def cut(self) -> None:
         """Close all connections and refuse new ones."""
@@ -87,13 +88,17 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         generation = self._generation
-        await asyncio.sleep(self.delay)
-        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        self._writers += [writer, up_writer]
-        await asyncio.gather(
-            self._carry(reader, up_writer, generation, up=True),
-            self._carry(up_reader, writer, generation, up=False),
-        )
+        self._writers.append(writer)
+        try:
+            await asyncio.sleep(self.delay)
+            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            self._writers.append(up_writer)
+            await asyncio.gather(
+                self._carry(reader, up_writer, generation, up=True),
+                self._carry(up_reader, writer, generation, up=False),
+            )
+        finally:
+            writer.transport.abort()
 
     async def _carry(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, generation: int, *, up: bool

@@ -4,6 +4,7 @@ import asyncio
 import time
 from contextlib import aclosing
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from flannelpy.errors import StoreError
 from flannelpy.model.address import parse_address
 from flannelpy.model.lease import Delta, Snapshot
-from flannelpy.store import Head, kube_client, kube_nodes
+from flannelpy.store import Head, kube, kube_client, kube_nodes
 from flannelpy.store.kube import KubeStore
 from flannelpy.store.kube_client import KubeClient, KubeError
 from flannelpy.store.kube_codec import Families
@@ -506,3 +507,41 @@ def test_the_address_of_a_peer_is_followed(stand_in: StandIn) -> None:
 
     run(scenario)
     wait_until(lambda: stand_in.requests()["watch"] == 1, "one watch")
+
+
+class Remembering(Random):
+    """Remembers what was drawn; draws the least."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.asked: list[tuple[float, float]] = []
+
+    def uniform(self, a: float, b: float) -> float:
+        self.asked.append((a, b))
+        return a
+
+
+@pytest.mark.parametrize(("up_for", "is_spread"), [(20.0, True), (1e6, False)])
+def test_machines_that_have_just_booted_do_not_all_list_at_once(
+    stand_in: StandIn, up_for: float, *, is_spread: bool
+) -> None:
+    stand_in.add_node("n1", ("10.244.1.0/24",))
+    random = Remembering()
+
+    async def scenario() -> None:
+        client = KubeClient(from_kubeconfig(stand_in.kubeconfig("kubeconfig-n1", None), "", {}))
+        store = KubeStore(
+            client,
+            {"NODE_NAME": "n1"},
+            "flannel.alpha.coreos.com",
+            "/none",
+            set_condition=True,
+            random=random,
+            up_for=lambda: up_for,
+        )
+        own = await store.acquire(V4, offer(1), NOTHING)
+        assert str(own.subnet) == "10.244.1.0/24"
+        await store.close()
+
+    asyncio.run(scenario())
+    assert ((0.0, kube._SPREAD_SECONDS) in random.asked) is is_spread
