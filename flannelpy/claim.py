@@ -8,7 +8,7 @@ the two never fight: the one that booted later gives way.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from random import Random
@@ -21,7 +21,8 @@ from flannelpy.model import identity
 from flannelpy.model.config import ConfigError, NetworkConfig, parse_config
 from flannelpy.model.config_change import compare
 from flannelpy.model.identity import Identity
-from flannelpy.model.lease import Delta, Lease, LeaseUpdate, Snapshot, same_node
+from flannelpy.model.lease import Lease, LeaseUpdate, Snapshot, same_node
+from flannelpy.model.meanwhile import Meanwhile
 from flannelpy.model.subnet import Previous
 from flannelpy.store import TTL_SECONDS, Offer, Running, Store
 
@@ -84,9 +85,8 @@ class Claim:
         """Our record as somebody else wrote it last."""
         self._lost = False
         """Our record was deleted, or a whole listing came without it or with an older one."""
-        self._is_claiming = False
-        self._meanwhile: dict[str, Lease | int] = {}
-        """While a lease is claimed: key -> what was written there last, or the revision of its deletion."""
+        self._meanwhile: Meanwhile | None = None
+        """While a running node claims a lease."""
         self._new_history = False
         self._histories = 0
         """How many have begun so far."""
@@ -146,9 +146,8 @@ class Claim:
                 self.confirm()
         elif own.key in update.gone and update.revision > own.revision:
             self._lost = True
-        if self._is_claiming and isinstance(update, Delta):
-            self._meanwhile.update((lease.key, lease) for lease in update.put)
-            self._meanwhile.update(dict.fromkeys(update.gone, update.revision))
+        if self._meanwhile is not None:
+            self._meanwhile.take_in(update)
         # Our own writes come back, too, perhaps before their answer: `keep` compares again.
         self._theirs = theirs or self._theirs
         if self._is_changed():
@@ -305,11 +304,9 @@ class Claim:
         self._previous = Previous(self._config.network, lost.subnet, self._config.network6, lost.subnet6)
         self._unpublished = self._lost = False
         before = await self._store.signature(lost.key) if self._resumed else None
-        self._is_claiming = True
-        try:
-            own = await self._ask(partial(self._acquire_again, lost), "take our lease back")
-        finally:
-            self._is_claiming, meanwhile, self._meanwhile = False, self._meanwhile, {}
+        meanwhile = self._meanwhile = Meanwhile()
+        own = await self._ask(partial(self._acquire_again, lost), "take our lease back")
+        self._meanwhile = None
         if self._gave_way:
             self._gave_way = False
             self._health.conflict = None
@@ -317,7 +314,11 @@ class Claim:
         if own.key == lost.key:
             twins.name_predecessor(own, before, self._us, self._health)
         self._note_written(own)
-        self._look_back(own, meanwhile)
+        # Nobody looked at that key before the answer came.
+        self._lost = self._lost or meanwhile.is_lost(own)
+        self._theirs = meanwhile.written_since(own) or self._theirs
+        if self._is_changed():
+            self._wake.set()
         if own.subnets() != lost.subnets():
             log.error(
                 "our subnet changed from %s to %s: another node has the old one now; restart Docker, or the"
@@ -326,16 +327,6 @@ class Claim:
                 own.key,
             )
         self._telling.moved(own)
-
-    def _look_back(self, own: Lease, meanwhile: Mapping[str, Lease | int]) -> None:
-        """What happened to our new record before its answer came: nobody looked at that key then."""
-        last = meanwhile.get(own.key)
-        if isinstance(last, int):
-            self._lost = self._lost or last > own.revision
-        elif last is not None and last.revision > own.revision:
-            self._theirs = last
-        if self._is_changed():
-            self._wake.set()
 
     async def _acquire_again(self, lost: Lease) -> Lease:
         """One attempt: since the last one the store may have begun another history."""

@@ -189,8 +189,9 @@ class Probes:
             log.log(level, "%s", text)
 
     def _end_of_round(self) -> None:
-        for key in [key for key in self._health.trips if not self._look().is_here(key)]:
-            del self._health.trips[key]
+        trips, is_here = self._health.trips, self._look().is_here
+        for key in [key for key in trips if not is_here(key)]:
+            del trips[key]
         if self._named > _NAMED:
             log.warning("and %d more peers that are reached or not; %d are not (all)",
                         self._named - _NAMED, len(self._health.unreached))  # fmt: skip

@@ -19,6 +19,9 @@ OFF, COUNT, ENFORCE = "off", "count", "enforce"
 """What --peer-filter says."""
 
 
+_MAC_LENGTH = 17
+
+
 class PeerFilter(NamedTuple):
     """What the filter should know."""
 
@@ -106,6 +109,3 @@ def _parsed(text: str) -> tuple[Mac, ...]:
         return (parse_mac(text),)
     except ValueError:
         return ()
-
-
-_MAC_LENGTH = 17

@@ -58,7 +58,7 @@ def decide(
     if running:
         mine += [lease for lease in listing.leases.values() if _is_of_a_backup(lease, ours, running)]
     # Of two pairs with one half in common the older one counts, whoever made the other one again.
-    settled = [lease for lease in mine if not has_rival(listing, lease)]
+    settled = [lease for lease in mine if not has_rival(listing, lease, but=mine)]
     fitting = [lease for lease in settled if is_compatible(config, lease.subnet, lease.subnet6)]
     wanted = _pair(running.own) if running else (previous.subnet, previous.subnet6)
     for lease in settled if running else fitting:
@@ -68,7 +68,7 @@ def decide(
     held: list[Pair] = []
     if running:
         former = next((lease for lease in listing.leases.values() if _is_former(lease, running.own)), None)
-        if former is not None and not has_rival(listing, former):
+        if former is not None and not has_rival(listing, former, but=mine):
             return TakeOver(former)
         # A restored backup may hold an older lease of ours, and SubnetMin may have changed: packets flow by
         # the one that we have now.
@@ -166,13 +166,14 @@ def lacks_most(known: Collection[str], listing: Listing) -> bool:
     return gone * 2 > len(known)
 
 
-def has_rival(listing: Listing, own: Lease) -> bool:
-    """Whether an older record overlaps ours: a race for one half of a dual-stack pair that we lost.
+def has_rival(listing: Listing, own: Lease, *, but: Collection[Lease] = ()) -> bool:
+    """Whether an older record, `but` none of these, overlaps ours: we lost a race for one half of a pair.
 
     etcd compares whole keys; two pairs may share one subnet and still be two keys.
     """
+    ours = {own.key, *(lease.key for lease in but)}
     return any(
         lease.created < own.created and any(a.overlaps(b) for a in lease.subnets() for b in own.subnets())
         for lease in listing.leases.values()
-        if lease.key != own.key
+        if lease.key not in ours
     )

@@ -95,7 +95,7 @@ class EtcdRecords:
             await quietly(self.client.revoke(lease_id))
 
     async def retire_signed(self, name: str, lease_id: int) -> str | None:
-        """The same; who had signed the record, if that is known. Asked meanwhile: it takes no time."""
+        """The same; who had signed the record, if that is known. Both are asked at once."""
         signature, bare = await asyncio.gather(self._signed(name), quietly(self._is_bare(lease_id)))
         if bare:
             await quietly(self.client.revoke(lease_id))

@@ -8,7 +8,6 @@ import base64
 import binascii
 import os
 import ssl
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple, Protocol
@@ -150,20 +149,16 @@ class TlsContexts:
 
 
 def _load_pair(context: ssl.SSLContext, certificate: bytes, key: bytes, place: str) -> None:
-    """The ssl module takes them from files only."""
-    descriptor, path = tempfile.mkstemp(prefix="flannelpy-")
+    """The ssl module takes them from files only: from one that no disk ever has."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(os.memfd_create("flannelpy"), "wb", buffering=0) as file:
             file.write(certificate + b"\n" + key)
-        context.load_cert_chain(path)
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
     except (ssl.SSLError, OSError) as error:
         reason = getattr(error, "reason", "") or getattr(error, "strerror", "")
         raise StoreError(
             f"the client certificate and key of {place} cannot be used: {reason}", transient=True
         ) from None
-    finally:
-        with suppress(OSError):
-            os.unlink(path)  # noqa: PTH108
 
 
 def in_cluster(environ: Mapping[str, str], folder: str = _SERVICE_ACCOUNT) -> Access:

@@ -12,7 +12,7 @@ from flannelpy.model.address import parse_prefix, parse_v4, parse_v6
 from flannelpy.model.config import NetworkConfig, parse_config
 from flannelpy.model.lease import Delta, Lease, LeaseAttrs, LeaseUpdate, Snapshot
 from flannelpy.model.subnet import Previous, encode_attrs
-from flannelpy.store import Offer, Store
+from flannelpy.store import Head, Offer, Store
 
 V4 = parse_config('{"Network":"10.5.0.0/16"}')
 DUAL = parse_config('{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48"}')
@@ -316,5 +316,29 @@ class StoreContract:
                     for text in ("one", "two", None, "three"):
                         await lab.set_config(text)
                         assert await anext(texts) == text
+
+        self.run(scenario)
+
+    def test_a_start_leaves_the_subnets_of_a_history_that_ended_alone(self) -> None:
+        """Their nodes may live and come back; a copy of an earlier life is all that tells of them."""
+        small = parse_config('{"Network":"10.5.0.0/16","SubnetMin":"10.5.1.0","SubnetMax":"10.5.4.0"}')
+
+        async def scenario(lab: Lab) -> None:
+            node = lab.node()
+            known = ("10.5.1.0-24", "10.5.2.0-24", "10.5.4.0-24", "what is this")
+            node.remember(Head(12345, 99, 10**9), dict.fromkeys(known))
+            own = await node.acquire(small, offer(1), NOTHING)
+            assert own.key == "10.5.3.0-24"
+
+        self.run(scenario)
+
+    def test_a_record_with_another_beginning_is_not_the_one_that_we_wrote(self) -> None:
+        """In another history the same revision may be another change."""
+
+        async def scenario(lab: Lab) -> None:
+            node = lab.node()
+            own = await node.acquire(V4, offer(1), NOTHING)
+            assert await node.renew(own._replace(created=own.created + 1)) is None
+            assert await node.renew(own) is not None
 
         self.run(scenario)

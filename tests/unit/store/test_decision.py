@@ -171,3 +171,13 @@ def test_our_own_record_of_a_backup_under_another_address_gives_way_to_what_we_h
     later = choice(began=4)  # written since: by another machine, which has our MAC
     assert isinstance(later, Create)
     assert later.subnet6 != own.subnet6
+
+
+def test_an_older_record_of_ours_is_no_rival() -> None:
+    """Left over, of another size: the one that we had last stays ours, and is not made anew."""
+    table = listing(_10_5_2_0_25=ME, _10_5_2_0_24=ME)
+    old, own = table.leases.values()
+    previous = Previous(None, own.subnet)
+    assert decide(SMALL, table, ME, previous, [], Random(1)) == TakeOver(own)
+    assert decide(SMALL, table, ME, previous, [], Random(1), Running(own)) == TakeOver(own)
+    assert stale_leases(SMALL, table, ME, own) == [old]
