@@ -47,6 +47,12 @@ class Pki:
         )
         self.renew()
 
+    def start(self, start_etcd: Start) -> EtcdProcess:
+        """An etcd that has them, and an etcdctl that may ask it."""
+        etcd = start_etcd(self.flags, scheme="https")
+        etcd.ctl_flags = self.ctl_flags
+        return etcd
+
     def issue(self) -> tuple[str, Issued, Issued]:
         """(CA, server's, client's) of a new authority, beside the ones in use."""
         self._turn += 1
@@ -100,8 +106,7 @@ def test_a_new_authority_needs_no_restart(
     """Half of it first: what worked goes on to be used, and that is said once."""
     caplog.set_level(logging.INFO, "flannelpy")
     pki = Pki(tmp_path)
-    etcd = start_etcd(pki.flags, scheme="https")
-    etcd.ctl_flags = pki.ctl_flags
+    etcd = pki.start(start_etcd)
 
     async def scenario() -> None:
         async with watching(EtcdClient([etcd.endpoint], pki.tls)) as (store, own, updates):
@@ -125,8 +130,7 @@ def test_a_new_authority_needs_no_restart(
 
 def test_a_certificate_whose_key_is_still_the_old_one_is_not_used(tmp_path: Path, start_etcd: Start) -> None:
     pki = Pki(tmp_path)
-    etcd = start_etcd(pki.flags, scheme="https")
-    etcd.ctl_flags = pki.ctl_flags
+    etcd = pki.start(start_etcd)
     _, _, other = pki.issue()
 
     async def scenario() -> None:
@@ -146,8 +150,7 @@ def test_a_client_certificate_that_ends_during_a_connection(
     """etcd looks at it when a connection begins: the one that stands goes on, the next one needs another."""
     caplog.set_level(logging.INFO, "flannelpy")
     pki = Pki(tmp_path)
-    etcd = start_etcd(pki.flags, scheme="https")
-    etcd.ctl_flags = pki.ctl_flags
+    etcd = pki.start(start_etcd)
     end = dt.datetime.now(dt.UTC).replace(microsecond=0) + dt.timedelta(seconds=4)
     pki.renew_client(end)
     troubles: list[str | None] = []

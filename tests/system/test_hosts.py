@@ -80,6 +80,13 @@ def main_pid(host: Machine) -> int:
     return int(host.run("systemctl show flannelpy --property MainPID --value"))
 
 
+def seconds_to_another(host: Machine, before: int) -> float:
+    """Until a daemon with another process id is ready."""
+    begun = time.monotonic()
+    host.wait(f"systemctl is-active flannelpy && ! systemctl show flannelpy | grep -qx MainPID={before}")
+    return time.monotonic() - begun
+
+
 def wait_ready(*hosts: Machine, timeout: float = 60) -> None:
     """Wait until daemon, Docker and container are up again; say how long after the boot they were."""
     for host in hosts:
@@ -239,9 +246,7 @@ def test_a_killed_daemon_is_back_in_seconds_and_nobody_notices(hosts: Hosts) -> 
     before = main_pid(host)
     with traffic(hosts):
         host.run(f"kill -KILL {before}")
-        begun = time.monotonic()
-        host.wait(f"systemctl is-active flannelpy && ! systemctl show flannelpy | grep -qx MainPID={before}")
-        say(f"{host.name}: ready again {time.monotonic() - begun:.1f} s after SIGKILL")
+        say(f"{host.name}: ready again {seconds_to_another(host, before):.1f} s after SIGKILL")
 
 
 def test_a_daemon_that_hangs_is_started_anew_by_the_watchdog(hosts: Hosts) -> None:
@@ -255,9 +260,7 @@ def test_a_daemon_that_hangs_is_started_anew_by_the_watchdog(hosts: Hosts) -> No
     before = main_pid(host)
     with traffic(hosts):
         host.run(f"kill -STOP {before}")
-        begun = time.monotonic()
-        host.wait(f"systemctl is-active flannelpy && ! systemctl show flannelpy | grep -qx MainPID={before}")
-        say(f"{host.name}: ready again {time.monotonic() - begun:.1f} s after SIGSTOP, with WatchdogSec=4")
+        say(f"{host.name}: ready again {seconds_to_another(host, before):.1f} s after SIGSTOP, WatchdogSec=4")
     assert "Watchdog timeout" in host.run("journalctl -u flannelpy")
     host.run(f"rm -r {folder}; systemctl daemon-reload; systemctl restart flannelpy")
 
